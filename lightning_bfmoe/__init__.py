@@ -1,0 +1,36 @@
+"""ButterflyMoE for PyTorch Lightning: N experts as learned rotations of one shared ternary matrix."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_DOOR = {
+    "ButterflyMoE": "lightning_bfmoe.layers",
+    "ButterflyMoECallback": "lightning_bfmoe.callbacks",
+    "ButterflyMoEConfig": "lightning_bfmoe.config",
+    "BFMoEError": "lightning_bfmoe.errors",
+    "inspect_packed": "lightning_bfmoe.deploy",
+    "load_from_checkpoint": "lightning_bfmoe.checkpoint",
+    "load_packed": "lightning_bfmoe.deploy",
+    "pack": "lightning_bfmoe.deploy",
+    "plan_memory": "lightning_bfmoe.deploy",
+    "register_adapter": "lightning_bfmoe.swap",
+    "restore": "lightning_bfmoe.swap",
+    "swap_feed_forward": "lightning_bfmoe.swap",
+}
+
+__all__ = sorted(_DOOR)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that the door itself imports nothing heavy."""
+    if name not in _DOOR:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
+    value = getattr(importlib.import_module(_DOOR[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_DOOR])
