@@ -93,7 +93,9 @@ def check_form(entry: object) -> ReplacementPlan:
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
         raise SwapError("a placement must be a dict with a 'path'", got=entry, fix=_WRITE)
     if unknown := set(entry) - set(ReplacementPlan.__annotations__):
-        raise SwapError("a placement has only known fields", got=sorted(map(str, unknown)), fix=_WRITE)
+        raise SwapError(
+            "a placement has only known fields", got=sorted(map(str, unknown)), fix=_WRITE
+        )
     aliases, identities = entry.get("aliases") or [], entry.get("identities") or []
     attributes, layer = entry.get("attributes") or {}, entry.get("layer")
     if not (isinstance(aliases, list) and isinstance(identities, list)):

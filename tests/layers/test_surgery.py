@@ -45,22 +45,28 @@ def plan():
 
 def test_apply_fills_every_slot_and_revert_brings_the_same_objects_back():
     model = Model().eval()
-    slots = {name: module for name, module in model.named_modules(remove_duplicate=False)}
+    slots = dict(model.named_modules(remove_duplicate=False))
     layer = nn.Linear(4, 4)
     receipt = apply_replacement(model, plan(), layer)
     block = model.blocks[0]
-    assert block.fc1 is layer and model.blocks[1].fc1 is layer
-    assert block.act is identity and isinstance(block.fc2, nn.Identity) and block.fast == 0
-    assert not layer.training and not block.fc2.training
+    assert block.fc1 is layer
+    assert model.blocks[1].fc1 is layer
+    assert block.act is identity
+    assert isinstance(block.fc2, nn.Identity)
+    assert block.fast == 0
+    assert not layer.training
+    assert not block.fc2.training
     assert layer.placement == plan()
     x = torch.randn(2, 4)
     assert torch.equal(block(x), layer(x))
     copy.deepcopy(model)
 
     receipt.revert()
-    after = {name: module for name, module in model.named_modules(remove_duplicate=False)}
-    assert list(after) == list(slots) and all(after[name] is slots[name] for name in slots)
-    assert block.act is F.gelu and block.fast == 1
+    after = dict(model.named_modules(remove_duplicate=False))
+    assert list(after) == list(slots)
+    assert all(after[name] is slots[name] for name in slots)
+    assert block.act is F.gelu
+    assert block.fast == 1
 
 
 @pytest.mark.parametrize(
@@ -71,7 +77,10 @@ def test_apply_fills_every_slot_and_revert_brings_the_same_objects_back():
         (replacement("blocks.0.act"), "must hold a module"),
         (replacement("blocks.0.fc1", identities=["blocks.0.fast"]), "module or callable"),
         (replacement("blocks.0.fc1", attributes={"blocks.0.fc2": 1}), "plain public attribute"),
-        (replacement("blocks.0.fc1", attributes={"blocks.0._modules": 1}), "plain public attribute"),
+        (
+            replacement("blocks.0.fc1", attributes={"blocks.0._modules": 1}),
+            "plain public attribute",
+        ),
         (replacement("blocks.0.fc1", attributes={"blocks.0.forward": 1}), "no attribute 'forward'"),
     ],
 )
