@@ -136,11 +136,18 @@ def apply_butterfly(
     if inverse:
         sin = -sin
     for s in reversed(range(stages)) if inverse else range(stages):
-        x = _rotate_pairs(x, cos[..., s, :], sin[..., s, :], first[s], second[s])
+        x = rotate_stage(x, cos[..., s, :], sin[..., s, :], first[s], second[s])
     return x
 
 
-def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def rotate_stage(
+    x: Float[Tensor, "*batch d"],
+    cos: Float[Tensor, "*batch_or_one pairs"],
+    sin: Float[Tensor, "*batch_or_one pairs"],
+    first: Int[Tensor, " pairs"],
+    second: Int[Tensor, " pairs"],
+) -> Float[Tensor, "*batch d"]:
+    """One stage of Givens rotations on the coordinate pairs (first, second); not in place."""
     x1, x2 = x[..., first], x[..., second]  # (..., pairs)
     out = x.expand(torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1]) + x.shape[-1:]).clone()
     out[..., first] = (cos * x1 - sin * x2).to(x.dtype)
