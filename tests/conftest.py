@@ -87,5 +87,5 @@ def pytest_terminal_summary(terminalreporter):
     missing = sum("gpu" in report.keywords for report in skipped)
     if missing:
         terminalreporter.write_line(
-            f"{missing} tests marked 'gpu' did not run: the GPU kernels are unproven by this run."
+            f"{missing} test(s) marked 'gpu' did not run: no GPU kernel is proven by this run."
         )
