@@ -1,0 +1,39 @@
+"""Floor 2: nn.Modules. `ButterflyMoE` is the layer; the rest are its parts."""
+
+from lightning_bfmoe.layers.activation import ACTIVATIONS, CUSTOM, Activation
+from lightning_bfmoe.layers.aux_loss import attach_loss
+from lightning_bfmoe.layers.collect import (
+    moe_layers,
+    parameter_roles,
+    routers,
+    set_blend,
+    set_loss_scale,
+    update_balance,
+)
+from lightning_bfmoe.layers.experts import ButterflyExperts
+from lightning_bfmoe.layers.linear import ButterflyLinear
+from lightning_bfmoe.layers.moe import ButterflyMoE
+from lightning_bfmoe.layers.rotation import Rotation
+from lightning_bfmoe.layers.router import Routing, TopKRouter
+from lightning_bfmoe.layers.substrate import PackedSubstrate, Substrate
+
+__all__ = [
+    "ACTIVATIONS",
+    "CUSTOM",
+    "Activation",
+    "ButterflyExperts",
+    "ButterflyLinear",
+    "ButterflyMoE",
+    "PackedSubstrate",
+    "Rotation",
+    "Routing",
+    "Substrate",
+    "TopKRouter",
+    "attach_loss",
+    "moe_layers",
+    "parameter_roles",
+    "routers",
+    "set_blend",
+    "set_loss_scale",
+    "update_balance",
+]

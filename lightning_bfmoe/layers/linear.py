@@ -1,0 +1,130 @@
+"""All experts' linear maps over one shared matrix."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_bfmoe.errors import ShapeError
+from lightning_bfmoe.functional.butterfly import apply_butterfly
+from lightning_bfmoe.functional.routing import ExpertGroups
+from lightning_bfmoe.layers.precision import KeepsFloat32
+from lightning_bfmoe.layers.rotation import Rotation
+from lightning_bfmoe.layers.substrate import PackedSubstrate, Substrate
+
+
+class ButterflyLinear(KeepsFloat32):
+    r"""y = diag(g_out_i) B(phi_i) diag(alpha) T B(theta_i)^T diag(g_in_i) x + b for expert i.
+
+    All rows of all experts go through ONE matrix product with the shared matrix; only the
+    rotations before and behind it differ by expert.
+
+    Args:
+        d_in: Width of the input.
+        d_out: Width of the output.
+        num_experts: Experts.
+        bias: One bias, shared by all experts.
+        gains: Per-expert diagonal gains on both sides, all ones at the start.
+        stages: Stages a rotation; all when None.
+        angle_std: Standard deviation of the initial angles (radians).
+        scale: Ternary scale, see `functional.ternarize`.
+        granularity: `row` or `tensor`.
+        generator: Draws latent weights and angles.
+        device: Where parameters live.
+
+    Source: arXiv 2601.13563, W_i = B(phi_i) W_base B(theta_i)^T; gains and bias ours.
+    """
+
+    substrate: Substrate | PackedSubstrate
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        num_experts: int,
+        *,
+        bias: bool = True,
+        gains: bool = False,
+        stages: int | None = None,
+        angle_std: float = 0.5,
+        scale: str = "lstsq",
+        granularity: str = "row",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_in, self.d_out, self.num_experts = d_in, d_out, num_experts
+        self.substrate = Substrate(
+            d_out, d_in, scale=scale, granularity=granularity, generator=generator, device=device
+        )
+
+        def rotation(d: int) -> Rotation:
+            full = None if stages is None else min(stages, Rotation(d, 1).stages)
+            return Rotation(
+                d, num_experts, stages=full, angle_std=angle_std, generator=generator, device=device
+            )
+
+        self.rotate_in, self.rotate_out = rotation(d_in), rotation(d_out)
+        for name, d in (("gain_in", d_in), ("gain_out", d_out)):
+            gain = nn.Parameter(torch.ones(num_experts, d, device=device)) if gains else None
+            self.register_parameter(name, gain)  # (experts, d)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(d_out, device=device)) if bias else None)
+
+    def forward(self, x: Tensor, groups: ExpertGroups) -> Tensor:
+        """Rows (rows, d_in), sorted by expert, to (rows, d_out) in the dtype of `x`."""
+        if self.gain_in is not None:
+            x = x * self.gain_in.to(x.dtype)[groups.expert]
+        x = self.rotate_in(x, groups, inverse=True)  # (rows, d_in)
+        y = F.linear(x, self.substrate.weight(x.dtype))  # (rows, d_out)
+        y = self.rotate_out(y, groups)
+        if self.gain_out is not None:
+            y = y * self.gain_out.to(y.dtype)[groups.expert]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def load_dense_(self, weight: Tensor, bias: Tensor | None = None) -> "ButterflyLinear":
+        """Take over a dense weight: with equal angles every expert computes it exactly at lambda 0.
+
+        Writes the latent matrix B(phi)^T W B(theta) with the experts' mean angles phi and theta;
+        an expert whose angles differ computes a rotation of W that is as near as its angles are.
+
+        Args:
+            weight: (d_out, d_in).
+            bias: (d_out,) or None.
+
+        Raises:
+            ShapeError: Shapes do not fit, or a bias comes to a layer that has none.
+        """
+        if tuple(weight.shape) != (self.d_out, self.d_in):
+            raise ShapeError(
+                f"this layer maps {self.d_in} -> {self.d_out}, so its weight is ({self.d_out}, {self.d_in})",
+                got=tuple(weight.shape),
+                fix="Transpose a Conv1D-style weight first.",
+            )
+        if bias is not None and self.bias is None:
+            raise ShapeError(
+                "a bias needs a layer that has one", got="bias=False", fix="Build with bias=True."
+            )
+        latent = self.substrate.latent
+        device = latent.device
+        wide = weight.detach().to(device, torch.float64)
+        theta, phi = (r.angles.double().mean(dim=0) for r in (self.rotate_in, self.rotate_out))
+        # rows of W rotated by theta^T on the right is B(theta)^T applied to each row of W
+        wide = apply_butterfly(wide, theta.to(device), inverse=True)  # W B(theta)
+        wide = apply_butterfly(wide.T.contiguous(), phi.to(device), inverse=True).T  # B(phi)^T W B(theta)
+        latent.copy_(wide)
+        if self.bias is not None:
+            self.bias.zero_() if bias is None else self.bias.copy_(bias)
+        return self
+
+    def expert_weight(self, expert: int) -> Tensor:
+        """The dense matrix W_i of one expert, (d_out, d_in); for reading and merging."""
+        theta, phi = self.rotate_in.angles[expert].float(), self.rotate_out.angles[expert].float()
+        weight = apply_butterfly(self.substrate.weight(), theta)  # T B(theta)^T: B on each row
+        weight = apply_butterfly(weight.T, phi).T
+        if self.gain_in is not None and self.gain_out is not None:
+            weight = self.gain_out[expert].unsqueeze(1) * weight * self.gain_in[expert]
+        return weight
+
+    def extra_repr(self) -> str:
+        """Sizes shown by `print(model)`."""
+        return f"{self.d_in} -> {self.d_out}, num_experts={self.num_experts}"

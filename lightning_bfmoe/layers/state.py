@@ -1,0 +1,75 @@
+"""What a layer writes into a state_dict besides its tensors: its settings, lambda and placement."""
+
+from typing import Any
+
+from torch import nn
+
+from lightning_bfmoe.errors import CheckpointError
+
+STATE_VERSION = 1
+
+
+class RemembersSettings(nn.Module):
+    """Mixin: the settings travel in the state_dict, so that a checkpoint alone can rebuild the layer.
+
+    They are plain data (`torch.load(weights_only=True)` reads them), survive
+    `save_weights_only=True`, and are compared when a state is loaded.
+    """
+
+    settings: dict[str, Any]
+    """Keyword arguments of the constructor, plain data."""
+    placement: dict[str, Any] | None = None
+    """Where a swap put this layer (`layers.surgery`); None when it was built by hand."""
+    last_routing: Any = None
+
+    @property
+    def blend(self) -> float:
+        """Lambda of the layer."""
+        raise AttributeError("a layer with settings has a blend")  # overridden by each layer
+
+    def set_blend(self, value: float) -> None:
+        """Set lambda of the layer."""
+        raise AttributeError("a layer with settings has a blend")  # overridden by each layer
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Plain data: version, class name, settings, lambda, placement."""
+        return {
+            "version": STATE_VERSION,
+            "kind": type(self).__name__,
+            "settings": dict(self.settings),
+            "blend": self.blend,
+            "placement": self.placement,
+        }
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over lambda after checking that the settings agree.
+
+        Raises:
+            CheckpointError: Another version, class or setting.
+        """
+        if not isinstance(state, dict):
+            return  # torch.distributed.checkpoint passes a placeholder first
+        if state.get("version") != STATE_VERSION or state.get("kind") != type(self).__name__:
+            raise CheckpointError(
+                f"the checkpoint holds version {STATE_VERSION} of a {type(self).__name__}",
+                got=f"version {state.get('version')} of {state.get('kind')}",
+                fix="Load it with the library version that wrote it.",
+            )
+        theirs = state["settings"]
+        ignored = {"angle_std", "seed"}  # only the start depends on them
+        different = {
+            name: (value, theirs.get(name))
+            for name, value in self.settings.items()
+            if name not in ignored and theirs.get(name) != value
+        }
+        if different:
+            raise CheckpointError(
+                "a checkpoint fits a layer with the same settings",
+                got=", ".join(f"{k}: layer {a!r}, checkpoint {b!r}" for k, (a, b) in different.items()),
+                fix="Use the settings of the checkpoint, or lightning_bfmoe.load_from_checkpoint.",
+            )
+        self.set_blend(state["blend"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the record of the last forward pass behind when copied or pickled."""
+        return {**self.__dict__, "last_routing": None}

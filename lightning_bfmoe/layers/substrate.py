@@ -1,0 +1,195 @@
+"""The shared matrix of a layer: latent float32 in training, packed trits when deployed."""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bfmoe.errors import ConfigError, ShapeError
+from lightning_bfmoe.functional.packing import pack_trits, packed_size, unpack_trits
+from lightning_bfmoe.functional.ternary import (
+    check_finite,
+    dequantize_ternary,
+    quantize_ternary,
+    ternarize,
+)
+from lightning_bfmoe.layers.precision import KeepsFloat32
+
+
+class Substrate(KeepsFloat32):
+    r"""The one matrix that all experts rotate: diag(alpha) T, blended in from a latent weight.
+
+    .. math:: W = w + \lambda\,(\alpha T - w)\texttt{.detach()}
+
+    `blend` (lambda) is a plain 0-d float32 tensor: no buffer, so it is neither broadcast between
+    ranks nor averaged nor rounded to bfloat16, and changing it never recompiles.
+
+    Args:
+        d_out: Rows.
+        d_in: Columns.
+        scale: `lstsq` or `absmean`, see `functional.ternarize`.
+        granularity: `row` or `tensor`.
+        generator: Draws the latent weights N(0, 1 / d_in).
+        device: Where they live.
+
+    Source: arXiv 2601.13563 (W_base); the blend and least-squares scale ours.
+    """
+
+    _plain_tensors = ("_blend",)
+
+    def __init__(
+        self,
+        d_out: int,
+        d_in: int,
+        *,
+        scale: str = "lstsq",
+        granularity: str = "row",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_out, self.d_in, self.scale, self.granularity = d_out, d_in, scale, granularity
+        latent = torch.randn(d_out, d_in, generator=generator, dtype=torch.float32) * d_in**-0.5
+        self.latent = nn.Parameter(latent.to(device))  # (d_out, d_in)
+        self._blend = torch.ones((), dtype=torch.float32, device=self.latent.device)
+        self._cache: tuple[tuple, Tensor] | None = None
+
+    @property
+    def blend(self) -> Tensor:
+        """Lambda, 0-d float32 in [0, 1]: 0 uses the latent weight, 1 the ternary one."""
+        return self._blend
+
+    def set_blend(self, value: float) -> None:
+        """Set lambda in place.
+
+        Raises:
+            ConfigError: Outside [0, 1].
+        """
+        if not 0.0 <= float(value) <= 1.0:
+            raise ConfigError(
+                "blend (lambda) must lie in [0, 1]", got=value, fix="0 is latent, 1 is ternary."
+            )
+        self._blend.fill_(float(value))
+
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The effective matrix, (d_out, d_in), with a straight-through gradient to the latent.
+
+        Without gradients the result is kept until latent or lambda change.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._cache = None
+            return quantize_ternary(self.latent, self._blend, self.scale, self.granularity).to(dtype)
+        latent, blend = self.latent, self._blend
+        key = (dtype, latent.data_ptr(), latent._version, latent.device, blend.data_ptr(), blend._version)
+        if self._cache is None or self._cache[0] != key:
+            weight = quantize_ternary(latent, blend, self.scale, self.granularity).to(dtype)
+            self._cache = (key, weight)
+        return self._cache[1]
+
+    def ternary(self) -> tuple[Tensor, Tensor]:
+        """Trits (int8) and scales, as a packed layer would hold them.
+
+        Raises:
+            ShapeError: The latent weight holds NaN or infinite numbers.
+        """
+        check_finite(self.latent, "the substrate's latent weight")
+        return ternarize(self.latent, self.scale, self.granularity)
+
+    def __getstate__(self) -> dict:
+        """Leave the cached matrix behind when copied or pickled."""
+        return {**self.__dict__, "_cache": None}
+
+    def extra_repr(self) -> str:
+        """Sizes shown by `print(model)`."""
+        return f"{self.d_in} -> {self.d_out}, scale={self.scale}, granularity={self.granularity}"
+
+
+class PackedSubstrate(nn.Module):
+    """A substrate as it is stored: trits at 1.6 or 2 bit, and row scales. No gradient.
+
+    Args:
+        d_out: Rows.
+        d_in: Columns.
+        bits: `1.6` (5 trits a byte) or `2` (4 a byte).
+        granularity: `row` or `tensor`.
+    """
+
+    packed: Tensor
+    alpha: Tensor
+
+    def __init__(self, d_out: int, d_in: int, bits: str = "1.6", granularity: str = "row") -> None:
+        super().__init__()
+        self.d_out, self.d_in, self.bits, self.granularity = d_out, d_in, bits, granularity
+        rows = d_out if granularity == "row" else 1
+        empty = pack_trits(torch.zeros(d_out, d_in, dtype=torch.int8), bits)
+        self.register_buffer("packed", empty)  # (bytes,) uint8
+        self.register_buffer("alpha", torch.zeros(rows, 1))  # (rows, 1) float32
+        self._cache: tuple[tuple, Tensor] | None = None
+
+    @classmethod
+    def from_substrate(cls, substrate: "Substrate | PackedSubstrate", bits: str = "1.6") -> "PackedSubstrate":
+        """Pack the trits and scales of a trained substrate, exactly."""
+        trits, alpha = substrate.ternary()
+        return cls.from_ternary(trits, alpha, bits)
+
+    @classmethod
+    def from_ternary(cls, trits: Tensor, alpha: Tensor, bits: str = "1.6") -> "PackedSubstrate":
+        """Pack given trits (int8, (d_out, d_in)) and scales ((d_out, 1) or (1, 1))."""
+        d_out, d_in = trits.shape
+        if tuple(alpha.shape) not in {(d_out, 1), (1, 1)}:
+            raise ShapeError(
+                f"scales of a {d_out} x {d_in} matrix have shape ({d_out}, 1) or (1, 1)",
+                got=tuple(alpha.shape),
+                fix="Use functional.ternarize().",
+            )
+        out = cls(d_out, d_in, bits, "row" if alpha.shape[0] == d_out and d_out > 1 else "tensor")
+        out.packed = pack_trits(trits, bits)
+        out.alpha = alpha.to(torch.float32)
+        return out
+
+    @property
+    def blend(self) -> Tensor:
+        """Always 1: there is no latent weight."""
+        return torch.ones((), device=self.alpha.device)
+
+    def set_blend(self, value: float) -> None:
+        """Only 1 is possible.
+
+        Raises:
+            ConfigError: Any other value.
+        """
+        if float(value) != 1.0:
+            raise ConfigError(
+                "a packed substrate is ternary (lambda = 1)",
+                got=value,
+                fix="Train with the latent model, then pack it again.",
+            )
+
+    @torch.compiler.disable
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix diag(alpha) T in `dtype`, unpacked once and kept."""
+        key = (dtype, self.packed.data_ptr(), self.packed._version, self.alpha.data_ptr(), self.alpha._version)
+        if self._cache is None or self._cache[0] != key:
+            with torch.inference_mode(False):  # an inference tensor could not be reused in training
+                self._cache = (key, dequantize_ternary(*self.ternary(), dtype))
+        return self._cache[1]
+
+    def ternary(self) -> tuple[Tensor, Tensor]:
+        """Trits (int8) and scales."""
+        return unpack_trits(self.packed, (self.d_out, self.d_in), self.bits), self.alpha
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Move, but keep the scales float32: a rounded scale would be another model."""
+        self._cache = None
+        alpha = self.alpha
+        super()._apply(fn, recurse)
+        if self.alpha.dtype != alpha.dtype:
+            self.alpha = alpha.to(self.alpha.device)
+        return self
+
+    def __getstate__(self) -> dict:
+        """Leave the cached matrix behind when copied or pickled."""
+        return {**self.__dict__, "_cache": None}
+
+    def extra_repr(self) -> str:
+        """Sizes shown by `print(model)`."""
+        size = packed_size(self.d_out * self.d_in, self.bits)
+        return f"{self.d_in} -> {self.d_out}, {self.bits} bit, {size} bytes"
