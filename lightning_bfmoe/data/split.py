@@ -56,7 +56,8 @@ def split_documents(documents: Mapping[str, str], *fractions: float) -> list[dic
     left = name_order(documents)
     parts = []
     for reserve, fraction in zip(range(len(fractions), 0, -1), fractions, strict=True):
-        part, room = [], fraction * total
+        part: list[str] = []
+        room = fraction * total
         for name in left:
             if len(documents[name]) <= room and len(left) - len(part) > reserve:
                 part.append(name)
