@@ -140,7 +140,7 @@ def group_by_expert(experts: Int[Tensor, "tokens k"], num_experts: int) -> Exper
 
 def dispatch(x: Float[Tensor, "tokens d"], groups: ExpertGroups, k: int) -> Float[Tensor, "rows d"]:
     """Copy each token to its k rows, in the groups' order."""
-    return x[groups.order // k]
+    return x.index_select(0, groups.order // k)
 
 
 def combine(
@@ -150,5 +150,5 @@ def combine(
     tokens, k = weights.shape
     back = torch.empty_like(groups.order)
     back[groups.order] = torch.arange(tokens * k, device=rows.device)
-    slots = rows[back].reshape(tokens, k, -1)  # (tokens, k, d)
+    slots = rows.index_select(0, back).reshape(tokens, k, -1)  # (tokens, k, d)
     return torch.einsum("tk,tkd->td", weights.to(rows.dtype), slots)

@@ -77,17 +77,16 @@ def block_factor(angles: Tensor, start: int, count: int, d: int) -> Tensor:
     """
     experts, n, inner = angles.shape[0], 2**count, 2**start
     outer = d // (n * inner)
-    blocks = torch.eye(n, dtype=angles.dtype, device=angles.device)
-    blocks = blocks.expand(experts, outer, inner, n, n)
-    for j in range(count):
+    blocks = angles.new_ones(experts, outer, inner, n, 1, 1)
+    for j in range(count):  # blocks of width 2^j become blocks of width 2^(j+1)
         high, low = 2 ** (count - j - 1), 2**j
         theta = angles[:, start + j].reshape(experts, outer, high, low, inner)
         theta = theta.permute(0, 1, 4, 2, 3).unsqueeze(-1)  # (experts, outer, inner, high, low, 1)
         cos, sin = theta.cos(), theta.sin()
-        x1, x2 = blocks.reshape(experts, outer, inner, high, 2, low, n).unbind(4)
-        pair = torch.stack((cos * x1 - sin * x2, sin * x1 + cos * x2), dim=4)
-        blocks = pair.reshape(experts, outer, inner, n, n)
-    return blocks
+        a, b = blocks.reshape(experts, outer, inner, high, 2, low, low).unbind(4)
+        rows = torch.cat((cos * a, -sin * b), -1), torch.cat((sin * a, cos * b), -1)
+        blocks = torch.cat(rows, -2)  # (experts, outer, inner, high, 2 low, 2 low)
+    return blocks.squeeze(3)
 
 
 def rotate_blocks(x: Tensor, angles: Tensor, groups: ExpertGroups, inverse: bool = False) -> Tensor:
@@ -113,9 +112,9 @@ def rotate_blocks(x: Tensor, angles: Tensor, groups: ExpertGroups, inverse: bool
         tiled = x.new_zeros(tiles.expert.numel() * tiles.height, d).index_copy(0, tiles.slot, x)
         tiled = tiled.reshape(-1, tiles.height, d)  # (tiles, height, d)
         for start, count in reversed(factors) if inverse else factors:
-            blocks = block_factor(angles, start, count, d)[tiles.expert]
+            blocks = block_factor(angles, start, count, d).index_select(0, tiles.expert)
             tiled = _apply_factor(tiled, blocks, inverse)
-        x = tiled.reshape(-1, d)[tiles.slot]
+        x = tiled.reshape(-1, d).index_select(0, tiles.slot)
     if not inverse:
         x = _irregular_stages(x, angles, groups, regular, inverse)
     return x
