@@ -1,0 +1,246 @@
+"""A layer as stored tensors, and a layer made of stored tensors; no latent weight on either side.
+
+The stored names are the state-dict keys of the packed layer:
+
+    router.weight, router.balance_bias                     (the router; not in ButterflyExperts)
+    experts.up.substrate.packed / .alpha                   trits as bytes, row scales
+    experts.up.rotate_in.angles / rotate_out.angles        (experts, stages, pairs)
+    experts.up.gain_in / gain_out / bias                   where the layer has them
+    experts.gate..., experts.down...                       the same
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bfmoe.deploy.checks import refuse
+from lightning_bfmoe.deploy.format import LayerRecord
+from lightning_bfmoe.errors import BFMoEError, PackedFileError
+from lightning_bfmoe.functional.butterfly import num_pairs, num_stages
+from lightning_bfmoe.functional.packing import packed_size
+from lightning_bfmoe.layers import (
+    ButterflyExperts,
+    ButterflyLinear,
+    ButterflyMoE,
+    PackedSubstrate,
+    Rotation,
+    Substrate,
+    TopKRouter,
+)
+from lightning_bfmoe.layers.surgery import ReplacementPlan
+
+KINDS: dict[str, type[ButterflyMoE] | type[ButterflyExperts]] = {
+    "ButterflyMoE": ButterflyMoE,
+    "ButterflyExperts": ButterflyExperts,
+}
+FLOATS = ("F32", "F16", "BF16")
+_TRAINING = ("dropout", "scale", "angle_std", "seed", "balance_rate", "switch_weight", "z_weight")
+
+
+class Stored(NamedTuple):
+    """What one stored tensor must look like: safetensors dtypes that are allowed, shape, part."""
+
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...]
+    part: str
+
+
+def stored_tensors(record: LayerRecord) -> dict[str, Stored]:
+    """Names, dtypes and shapes of a packed layer, by arithmetic alone (nothing is built).
+
+    A custom activation's own parameters are not among them.
+    """
+    config, experts = record.config, record.config["num_experts"]
+    d_model, d_ff, d_out = config["d_model"], config["d_ff"], config["d_out"]
+    narrow = {"float16": "F16", "float32": "F32"}[record.angles]
+    result: dict[str, Stored] = {}
+    prefix = ""
+    if record.kind == "ButterflyMoE":
+        result["router.weight"] = Stored(("F32",), (experts, d_model), "router")
+        result["router.balance_bias"] = Stored(("F32",), (experts,), "router")
+        prefix = "experts."
+
+    def add(role: str, rows: int, columns: int) -> None:
+        name = f"{prefix}{role}."
+        scales = rows if config["granularity"] == "row" else 1
+        size = packed_size(rows * columns, record.bits)
+        result[name + "substrate.packed"] = Stored(("U8",), (size,), "substrate")
+        result[name + "substrate.alpha"] = Stored(("F32",), (scales, 1), "scales")
+        for side, d in (("in", columns), ("out", rows)):
+            angles = (experts, min(config["stages"] or d, num_stages(d)), num_pairs(d))
+            result[f"{name}rotate_{side}.angles"] = Stored((narrow,), angles, "angles")
+            if config["gains"]:
+                result[f"{name}gain_{side}"] = Stored((narrow,), (experts, d), "gains")
+        if config["bias"]:
+            result[name + "bias"] = Stored(("F32",), (rows,), "bias")
+
+    add("up", d_ff, d_model)
+    if config["gated"]:
+        add("gate", d_ff, d_model)
+    if config["down"] == "butterfly":
+        add("down", d_out, d_ff)
+    else:
+        result[prefix + "down.weight"] = Stored(FLOATS, (d_out, d_ff), "dense")
+        if config["bias"]:
+            result[prefix + "down.bias"] = Stored(FLOATS, (d_out,), "bias")
+    return result
+
+
+def describe(
+    path: str,
+    layer: ButterflyMoE | ButterflyExperts,
+    placement: ReplacementPlan | None,
+    bits: str,
+    angle_dtype: torch.dtype,
+) -> LayerRecord:
+    """The record of a live layer.
+
+    Raises:
+        PackedFileError: The layer is of a class that `load_packed` cannot build.
+    """
+    kind = type(layer).__name__
+    if KINDS.get(kind) is not type(layer):
+        raise PackedFileError(
+            f"a packed layer is one of {sorted(KINDS)}",
+            got=f"{kind} at {path!r}",
+            fix="Wrap the layer in a module of yours instead of subclassing it.",
+        )
+    angles = str(angle_dtype).removeprefix("torch.")
+    return LayerRecord(path, kind, dict(layer.settings), placement, bits, angles)
+
+
+def pack_tensors(layer: nn.Module, record: LayerRecord) -> dict[str, Tensor]:
+    """The stored tensors of a live layer, latent or already packed; the layer is not touched.
+
+    Raises:
+        PackedFileError: A number is NaN or infinite, or does not fit the stored dtype.
+    """
+    narrow = getattr(torch, record.angles)
+    result: dict[str, Tensor] = {}
+    ready: dict[str, PackedSubstrate] = {}
+    for name, module in layer.named_modules():
+        if isinstance(module, Substrate | PackedSubstrate):
+            _check_finite(record, f"{name}.latent", getattr(module, "latent", torch.zeros(())))
+            ready[name] = PackedSubstrate.from_substrate(module, record.bits)
+    for name, stored in stored_tensors(record).items():
+        owner_name, _, leaf = name.rpartition(".")
+        if owner_name in ready:
+            tensor = getattr(ready[owner_name], leaf)
+        else:
+            tensor = getattr(layer.get_submodule(owner_name), leaf).detach()
+            _check_finite(record, name, tensor)
+            if stored.part == "angles":
+                tensor = store_angles(tensor, narrow)
+            elif stored.part == "gains":
+                tensor = tensor.to(narrow)
+            elif tensor.dtype == torch.float64:
+                refuse("a layer is packed from float32", f"{record.path}.{name} in float64", _FLOAT)
+        _check_finite(record, name, tensor)
+        result[name] = tensor
+    return result
+
+
+def store_angles(angles: Tensor, dtype: torch.dtype) -> Tensor:
+    """Angles in the stored dtype; those outside (-pi, pi] are wrapped first if it is narrower.
+
+    Example:
+        >>> store_angles(torch.tensor([1.5, 7.0]), torch.float16)
+        tensor([1.5000, 0.7168], dtype=torch.float16)
+    """
+    if dtype == angles.dtype or dtype.itemsize >= angles.dtype.itemsize:
+        return angles.to(dtype)
+    wide = angles.double()
+    wrapped = wide - 2 * torch.pi * torch.round(wide / (2 * torch.pi))
+    return torch.where(wide.abs() > torch.pi, wrapped, wide).to(dtype)
+
+
+def build_packed(
+    record: LayerRecord, tensors: dict[str, Tensor], activation: nn.Module | None = None
+) -> ButterflyMoE | ButterflyExperts:
+    """A packed layer around the stored tensors, which it uses as they are.
+
+    Args:
+        record: Its record.
+        tensors: Every name of `stored_tensors`.
+        activation: Module for an activation named `custom`.
+
+    Raises:
+        PackedFileError: The settings make no layer, or the trits are no code.
+    """
+    settings: dict[str, Any] = dict(record.config)
+    if activation is not None:
+        settings["activation"] = activation
+    try:
+        # On `meta` nothing is allocated and no random number is drawn.
+        with torch.device("meta"):
+            layer = KINDS[record.kind](**settings)
+    except (BFMoEError, TypeError, ValueError, RuntimeError) as error:
+        raise PackedFileError(
+            "a packed layer's settings must make a layer", got=f"{record.path}: {error}"
+        ) from error
+    for module in list(layer.modules()):
+        if isinstance(module, ButterflyLinear):
+            module.substrate = _empty_substrate(module.substrate, record)
+    for name, stored in stored_tensors(record).items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = layer.get_submodule(owner_name)
+        _put(owner, leaf, tensors[name], frozen=stored.part in ("angles", "gains"))
+    for module in layer.modules():
+        if isinstance(module, PackedSubstrate):
+            module.ternary()  # raises unless every byte is a code
+        elif isinstance(module, TopKRouter):
+            device = module.weight.device
+            module._loss_scale = torch.ones((), device=device)
+            module._pending_load = torch.zeros(module.num_experts, dtype=torch.int64, device=device)
+    return layer
+
+
+def same_layer(record: LayerRecord, layer: nn.Module) -> str:
+    """What keeps a live layer from being the recorded one; empty when nothing does."""
+    if type(layer).__name__ != record.kind:
+        return f"{type(layer).__name__}, not {record.kind}"
+    live = layer.settings
+    different = [
+        f"{name}: model {live.get(name)!r}, file {value!r}"
+        for name, value in record.config.items()
+        if name not in _TRAINING and live.get(name) != value
+    ]
+    return ", ".join(different)
+
+
+def custom_tensors(record: LayerRecord, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of a layer's custom activation, by name."""
+    prefix = "experts." if record.kind == "ButterflyMoE" else ""
+    for name, tensor in layer.get_submodule(prefix + "activation").state_dict().items():
+        yield f"{prefix}activation.{name}", tensor
+
+
+def _empty_substrate(latent: nn.Module, record: LayerRecord) -> PackedSubstrate:
+    packed = PackedSubstrate(2, 2, record.bits, record.config["granularity"])
+    packed.d_out, packed.d_in = latent.d_out, latent.d_in
+    return packed
+
+
+def _put(owner: nn.Module, name: str, tensor: Tensor, frozen: bool) -> None:
+    if name in owner._buffers:
+        owner._buffers[name] = tensor
+    elif frozen:
+        delattr(owner, name)
+        owner.register_buffer(name, tensor)
+    else:
+        setattr(owner, name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _check_finite(record: LayerRecord, name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise PackedFileError(
+            "every number of a packed layer must be finite",
+            got=f"{record.path}.{name} has {count} NaN or infinite of {tensor.numel()}",
+            fix="Find the step where training diverged; pack an earlier checkpoint.",
+        )
+
+
+_FLOAT = "Call model.float() before packing."
