@@ -1,4 +1,4 @@
-"""ButterflyMoE for PyTorch Lightning: N experts as learned rotations of one shared ternary matrix."""
+"""ButterflyMoE for PyTorch Lightning: N experts, learned rotations of one ternary matrix."""
 
 import importlib
 from typing import Any

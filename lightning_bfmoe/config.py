@@ -39,7 +39,9 @@ class ButterflyMoEConfig:
     """`preserve` keeps the weights found in the block; `scratch` draws new ones (for training from
     random weights, where it gave the lower loss: experts must start well apart)."""
     angle_std: float | None = None
-    """Standard deviation of the initial angles (radians). None: 0.02 with `preserve`, 0.5 with `scratch`."""
+    """Standard deviation of the initial angles (radians).
+
+    None: 0.02 with `preserve`, 0.5 with `scratch`."""
     stages: int | None = None
     """Stages per rotation (count). None: all, so that every output depends on every input."""
     gains: bool = False
@@ -49,7 +51,7 @@ class ButterflyMoEConfig:
     granularity: Literal["row", "tensor"] = "row"
     """One ternary scale per output row, or one per matrix."""
     down: Literal["butterfly", "dense"] = "butterfly"
-    """`dense`: one shared dense fp32 projection behind the experts, as the paper's published code."""
+    """`dense`: one shared fp32 projection behind the experts, as in the paper's published code."""
     activation: str | None = None
     """Name in `layers.activation`. None: the swapped block's own."""
     dropout: float | None = None

@@ -1,4 +1,4 @@
-"""The one exception family of the package: every message names the invariant, the value, the way out."""
+"""The one exception family: every message names the invariant, the value, the way out."""
 
 
 class BFMoEError(ValueError):
@@ -8,8 +8,8 @@ class BFMoEError(ValueError):
 
     Example:
         >>> from lightning_bfmoe.errors import BFMoEError
-        >>> print(BFMoEError("top_k must be at most num_experts", got="top_k=9", fix="Lower top_k."))
-        top_k must be at most num_experts: got top_k=9. Lower top_k.
+        >>> print(BFMoEError("top_k must be at most 8", got="top_k=9", fix="Lower top_k."))
+        top_k must be at most 8: got top_k=9. Lower top_k.
 
     Args:
         rule: The invariant that was broken, as a sentence.
@@ -22,7 +22,7 @@ class BFMoEError(ValueError):
         message = rule if got is None else f"{rule}: got {got}."
         super().__init__(f"{message} {fix}".strip())
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.rule, self.got, self.fix))
 
 

@@ -1,4 +1,4 @@
-"""Floor 0: the maths as pure functions of tensors. `reference` is the whole layer, slow and plain."""
+"""Floor 0: the maths as pure functions of tensors. `reference` is the whole layer, in full."""
 
 from lightning_bfmoe.functional.butterfly import (
     apply_butterfly,

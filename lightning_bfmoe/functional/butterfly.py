@@ -5,11 +5,12 @@ One stage rotates disjoint pairs of coordinates,
 .. math:: y_1 = \cos\theta\,x_1 - \sin\theta\,x_2,\qquad y_2 = \sin\theta\,x_1 + \cos\theta\,x_2 .
 
 Which pairs? Think of the coordinates as a deck of cards. A stage rotates neighbours (slots 2j and
-2j+1), then the deck is un-shuffled: even slots to the front, odd slots behind them. For d = 2^L this
-is the paper's butterfly (strides 1, 2, 4, ..., d/2) and the deck is back in order after L stages.
-For every other even d the same network still joins every input to every output in ceil(log2 d)
-stages (the generalised shuffle-exchange network), so nothing is padded and no energy is lost. With
-an odd d one coordinate sits out in each stage, and two more stages make the mixing complete.
+2j+1), then the deck is un-shuffled: even slots to the front, odd slots behind them. For d = 2^L
+this is the paper's butterfly (strides 1, 2, 4, ..., d/2) and the deck is back in order after L
+stages. For every other even d the same network still joins every input to every output in
+ceil(log2 d) stages (the generalised shuffle-exchange network), so nothing is padded and no energy
+is lost. With an odd d one coordinate sits out in each stage, and two more stages make the mixing
+complete.
 
 Pairs are given in natural coordinates, so zero angles are the identity at every d.
 """
@@ -112,7 +113,8 @@ def apply_butterfly(
        B(\theta)^T = B(\theta)^{-1} = G_1(-\theta_1) \cdots G_L(-\theta_L)
 
     Example:
-        >>> apply_butterfly(torch.tensor([1.0, 0.0]), torch.full((1, 1), math.pi / 2)).round().tolist()
+        >>> quarter = torch.full((1, 1), math.pi / 2)
+        >>> apply_butterfly(torch.tensor([1.0, 0.0]), quarter).round().abs().tolist()
         [0.0, 1.0]
 
     Args:
@@ -167,7 +169,9 @@ def check_angles(d: int, stages: int, pairs: int) -> None:
         )
 
 
-def butterfly_matrix(angles: Float[Tensor, "*batch stages pairs"], d: int) -> Float[Tensor, "*batch d d"]:
+def butterfly_matrix(
+    angles: Float[Tensor, "*batch stages pairs"], d: int
+) -> Float[Tensor, "*batch d d"]:
     """The dense matrix of B(angles), d x d; for reading, testing and merging, never for speed.
 
     Example:

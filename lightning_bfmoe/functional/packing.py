@@ -58,7 +58,9 @@ def pack_trits(trits: Int8[Tensor, "*shape"], bits: str = "1.6") -> UInt8[Tensor
         )
     pad = -flat.numel() % per_byte
     digits = torch.nn.functional.pad(flat.to(torch.int16), (0, pad)) + 1  # padding = trit 0
-    weights = torch.tensor([base**i for i in range(per_byte)], dtype=torch.int16, device=flat.device)
+    weights = torch.tensor(
+        [base**i for i in range(per_byte)], dtype=torch.int16, device=flat.device
+    )
     return (digits.reshape(-1, per_byte) * weights).sum(dim=1).to(torch.uint8)
 
 

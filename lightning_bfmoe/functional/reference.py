@@ -47,7 +47,11 @@ class OrbitMatrix:
     def expert(self, i: int) -> Float[Tensor, "d_out d_in"]:
         """The dense matrix W_i of expert i."""
         d_out, d_in = self.w.shape
-        w_i = butterfly_matrix(self.phi[i], d_out) @ self.shared() @ butterfly_matrix(self.theta[i], d_in).T
+        w_i = (
+            butterfly_matrix(self.phi[i], d_out)
+            @ self.shared()
+            @ butterfly_matrix(self.theta[i], d_in).T
+        )
         if self.gain_in is not None:
             w_i = w_i * self.gain_in[i]
         if self.gain_out is not None:

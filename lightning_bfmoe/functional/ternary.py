@@ -53,7 +53,9 @@ def ternarize(
             "granularity must be 'row' or 'tensor'", got=repr(granularity), fix="Use 'row'."
         )
     if weight.numel() == 0:
-        raise ShapeError("a ternary matrix has at least one number", got=f"shape {tuple(weight.shape)}")
+        raise ShapeError(
+            "a ternary matrix has at least one number", got=f"shape {tuple(weight.shape)}"
+        )
     work = weight.detach()
     work = work if work.dtype == torch.float64 else work.float()
     rows = work if granularity == "row" else work.reshape(1, -1)
@@ -64,9 +66,7 @@ def ternarize(
         alpha = rows.abs().mean(dim=1, keepdim=True).clamp(min=_EPS)  # (rows, 1)
         trits = (rows / alpha).round().clamp(-1, 1)
     else:
-        raise ConfigError(
-            "scale must be 'lstsq' or 'absmean'", got=repr(scale), fix="Use 'lstsq'."
-        )
+        raise ConfigError("scale must be 'lstsq' or 'absmean'", got=repr(scale), fix="Use 'lstsq'.")
     return trits.reshape(weight.shape).to(torch.int8), alpha
 
 
@@ -95,7 +95,9 @@ def check_finite(weight: Tensor, name: str) -> None:
 
 
 def dequantize_ternary(
-    trits: Int8[Tensor, "d_out d_in"], alpha: Float[Tensor, "rows one"], dtype: torch.dtype = torch.float32
+    trits: Int8[Tensor, "d_out d_in"],
+    alpha: Float[Tensor, "rows one"],
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "d_out d_in"]:
     """The matrix alpha * T in `dtype`; the product is formed in alpha's dtype and rounded once."""
     return (alpha * trits.to(alpha.dtype)).to(dtype)
@@ -133,7 +135,10 @@ def quantize_ternary(
     """
     trits, alpha = ternarize(weight, scale, granularity)
     target = dequantize_ternary(trits, alpha, weight.dtype)
-    return _StraightThrough.apply(weight, target, torch.as_tensor(blend, device=weight.device))
+    mixed: Tensor = _StraightThrough.apply(
+        weight, target, torch.as_tensor(blend, device=weight.device)
+    )
+    return mixed
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -1,12 +1,13 @@
 r"""Rotation as a few batched matrix products: the two-factor (Monarch) form of a butterfly, exact.
 
-c consecutive stages starting at stride 2^s only mix the c bits s .. s+c-1 of the coordinate, so they
-are one small 2^c x 2^c orthogonal matrix for each setting of the other bits: a block-diagonal factor
-that a single `bmm` applies. For d = 512 nine stages become two factors (16 and 32 wide). The blocks
-are built from the angles at every call and thrown away: stored, they would undo the compression.
+c consecutive stages from stride 2^s on only mix the c bits s .. s+c-1 of the coordinate, so they
+are one small 2^c x 2^c orthogonal matrix for each setting of the other bits: a block-diagonal
+factor that a single `bmm` applies. For d = 512 nine stages become two factors (32 and 16 wide). The
+blocks are built from the angles at every call and thrown away: stored, they would undo the
+compression.
 
-Rows come sorted by expert. They are laid out in tiles of equal height that never mix two experts, so
-the shapes are static, no loop runs over experts, and no row is dropped.
+Rows come sorted by expert. They are laid out in tiles of equal height that never mix two experts,
+so the shapes are static, no loop runs over experts, and no row is dropped.
 """
 
 from typing import NamedTuple
@@ -52,8 +53,10 @@ def _tile_height(rows: int, num_experts: int) -> int:
 
 
 def factor_stages(d: int, stages: int) -> list[tuple[int, int]]:
-    """(first stage, count) of the factors that cover the regular stages: those with a power-of-two
-    stride, 2^(s+1) | d. The irregular rest (d not a power of two) is applied stage by stage.
+    """The factors as (first stage, count); together they cover the regular stages.
+
+    Regular are those with a power-of-two stride, 2^(s+1) | d. The irregular rest, when d is not a
+    power of two, is applied stage by stage.
 
     Example:
         >>> factor_stages(512, 9), factor_stages(768, 10)
@@ -128,7 +131,9 @@ def _apply_factor(tiled: Tensor, blocks: Tensor, inverse: bool) -> Tensor:
     return torch.einsum(equation, view, blocks).reshape(tiles, height, d)
 
 
-def _irregular_stages(x: Tensor, angles: Tensor, groups: ExpertGroups, start: int, inverse: bool) -> Tensor:
+def _irregular_stages(
+    x: Tensor, angles: Tensor, groups: ExpertGroups, start: int, inverse: bool
+) -> Tensor:
     stages = angles.shape[1]
     if start == stages:
         return x

@@ -47,7 +47,9 @@ def rotate(x: Tensor, angles: Tensor, groups: ExpertGroups, inverse: bool = Fals
         return kernel.run(x.to(wide), angles.to(wide), groups, inverse).to(x.dtype)
 
 
-def rotate_reference(x: Tensor, angles: Tensor, groups: ExpertGroups, inverse: bool = False) -> Tensor:
+def rotate_reference(
+    x: Tensor, angles: Tensor, groups: ExpertGroups, inverse: bool = False
+) -> Tensor:
     """The definition: gather every row's own angles and apply the stages one by one."""
     return apply_butterfly(x, angles[groups.expert], inverse)
 

@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mish": F.mish,
     "identity": _identity,
 }
-"""Name -> function. Any other callable or module can be given as it is; its name is then `custom`."""
+"""Name -> function. Any other callable or module can be given itself; its name is `custom`."""
 
 
 class Activation(nn.Module):
@@ -61,6 +61,8 @@ class Activation(nn.Module):
 
     def __init__(self, activation: str | Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        self.name: str
+        self.function: Callable[[Tensor], Tensor] | None
         if isinstance(activation, Activation):
             activation = activation.name if activation.function is None else activation.function
         if isinstance(activation, str):

@@ -6,7 +6,7 @@ from torch.autograd.function import FunctionCtx
 
 
 def attach_loss(output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-    r"""Return `output` unchanged, and add ``scale * loss`` to whatever is differentiated through it.
+    r"""Return `output` unchanged and add ``scale * loss`` to what is differentiated through it.
 
     In the backward pass `loss` receives the gradient `scale`, as if the root had been
     ``root + scale * loss``. `scale` is read when the backward pass runs, so it may be set after the
@@ -16,7 +16,8 @@ def attach_loss(output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
 
     Example:
         >>> w = torch.tensor(3.0, requires_grad=True)
-        >>> attach_loss(torch.zeros(2, requires_grad=True), w * w, torch.tensor(0.5)).sum().backward()
+        >>> y = attach_loss(torch.zeros(2, requires_grad=True), w * w, torch.tensor(0.5))
+        >>> y.sum().backward()
         >>> w.grad.item()
         3.0
 
@@ -33,7 +34,8 @@ def attach_loss(output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-        ctx.scale = scale  # type: ignore[attr-defined]  # not saved for backward: it may change until then
+        # not saved for backward: it may change until then
+        ctx.scale = scale  # type: ignore[attr-defined]
         ctx.loss_dtype = loss.dtype  # type: ignore[attr-defined]
         return output.view_as(output)
 

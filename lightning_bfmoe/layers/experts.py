@@ -94,7 +94,9 @@ class ButterflyExperts(RemembersSettings, KeepsFloat32):
         if down == "butterfly":
             self.down = ButterflyLinear(d_ff, self.d_out, num_experts, **common)
         else:
-            self.down = nn.Linear(d_ff, self.d_out, bias=bias, device="meta").to_empty(device=device or "cpu")
+            self.down = nn.Linear(d_ff, self.d_out, bias=bias, device="meta").to_empty(
+                device=device or "cpu"
+            )
             with torch.no_grad():
                 drawn = torch.randn(self.d_out, d_ff, generator=generator) * d_ff**-0.5
                 self.down.weight.copy_(drawn)
@@ -130,7 +132,9 @@ class ButterflyExperts(RemembersSettings, KeepsFloat32):
             return combine(self.down(hidden, groups), weights, groups).to(x.dtype)
         mixed = combine(hidden, weights, groups)  # linear, so it commutes with the weighted sum
         return nn.functional.linear(
-            mixed, self.down.weight.to(mixed.dtype), None if self.down.bias is None else self.down.bias.to(mixed.dtype)
+            mixed,
+            self.down.weight.to(mixed.dtype),
+            None if self.down.bias is None else self.down.bias.to(mixed.dtype),
         ).to(x.dtype)
 
     def linears(self) -> dict[str, ButterflyLinear]:
@@ -158,7 +162,7 @@ class ButterflyExperts(RemembersSettings, KeepsFloat32):
         if (gate is None) != (self.gate is None):
             raise ShapeError(
                 "a gated layer takes a gate matrix, an ungated one none",
-                got=f"gated={self.gate is not None}, gate={None if gate is None else tuple(gate.shape)}",
+                got="no gate" if gate is None else f"a gate of shape {tuple(gate.shape)}",
                 fix="Build the layer with the gating of the network that is loaded.",
             )
         self.up.load_dense_(up, up_bias)
@@ -184,14 +188,18 @@ class ButterflyExperts(RemembersSettings, KeepsFloat32):
             linear.substrate.set_blend(value)
 
     @classmethod
-    def from_config(cls, config: ButterflyMoEConfig, d_model: int, d_ff: int, **block: Any) -> "ButterflyExperts":
-        """Build from a config; `block` holds what the swapped block dictates (activation, gated,
-        bias, dropout, d_out, device)."""
+    def from_config(
+        cls, config: ButterflyMoEConfig, d_model: int, d_ff: int, **block: Any
+    ) -> "ButterflyExperts":
+        """Build from a config and what the swapped block dictates.
+
+        `block` may hold activation, gated, bias, dropout, d_out, device.
+        """
         return cls(d_model, d_ff, config.num_experts, **experts_arguments(config, block))
 
 
 def experts_arguments(config: ButterflyMoEConfig, block: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the experts: the config's, with the block's where the config says None."""
+    """Keyword arguments of the experts: the config's, or the block's where the config says None."""
     arguments = {
         "gains": config.gains, "stages": config.stages, "angle_std": config.angle_std_or_default,
         "scale": config.scale, "granularity": config.granularity, "down": config.down,

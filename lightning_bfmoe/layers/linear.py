@@ -35,6 +35,9 @@ class ButterflyLinear(KeepsFloat32):
     """
 
     substrate: Substrate | PackedSubstrate
+    gain_in: Tensor | None
+    gain_out: Tensor | None
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -67,7 +70,9 @@ class ButterflyLinear(KeepsFloat32):
         for name, d in (("gain_in", d_in), ("gain_out", d_out)):
             gain = nn.Parameter(torch.ones(num_experts, d, device=device)) if gains else None
             self.register_parameter(name, gain)  # (experts, d)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(d_out, device=device)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(d_out, device=device)) if bias else None
+        )
 
     def forward(self, x: Tensor, groups: ExpertGroups) -> Tensor:
         """Rows (rows, d_in), sorted by expert, to (rows, d_out) in the dtype of `x`."""
@@ -96,7 +101,8 @@ class ButterflyLinear(KeepsFloat32):
         """
         if tuple(weight.shape) != (self.d_out, self.d_in):
             raise ShapeError(
-                f"this layer maps {self.d_in} -> {self.d_out}, so its weight is ({self.d_out}, {self.d_in})",
+                f"this layer maps {self.d_in} -> {self.d_out}, "
+                f"so its weight is ({self.d_out}, {self.d_in})",
                 got=tuple(weight.shape),
                 fix="Transpose a Conv1D-style weight first.",
             )
@@ -104,13 +110,19 @@ class ButterflyLinear(KeepsFloat32):
             raise ShapeError(
                 "a bias needs a layer that has one", got="bias=False", fix="Build with bias=True."
             )
+        if isinstance(self.substrate, PackedSubstrate):
+            raise ShapeError(
+                "weights are loaded into a latent substrate",
+                got="a packed one",
+                fix="Build a new layer, load it, then pack that.",
+            )
         latent = self.substrate.latent
         device = latent.device
         wide = weight.detach().to(device, torch.float64)
         theta, phi = (r.angles.double().mean(dim=0) for r in (self.rotate_in, self.rotate_out))
-        # rows of W rotated by theta^T on the right is B(theta)^T applied to each row of W
+        # B^T applied to each row of a matrix is the matrix times B
         wide = apply_butterfly(wide, theta.to(device), inverse=True)  # W B(theta)
-        wide = apply_butterfly(wide.T.contiguous(), phi.to(device), inverse=True).T  # B(phi)^T W B(theta)
+        wide = apply_butterfly(wide.T, phi.to(device), inverse=True).T  # B(phi)^T W B(theta)
         latent.copy_(wide)
         if self.bias is not None:
             self.bias.zero_() if bias is None else self.bias.copy_(bias)

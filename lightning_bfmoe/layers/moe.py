@@ -71,7 +71,9 @@ class ButterflyMoE(RemembersSettings, KeepsFloat32):
             num_experts=num_experts, top_k=top_k, balance_rate=balance_rate,
             switch_weight=switch_weight, z_weight=z_weight, router_noise=router_noise,
         )  # fmt: skip
-        self.experts = ButterflyExperts(d_model, d_ff, num_experts, seed=seed, device=device, **experts)
+        self.experts = ButterflyExperts(
+            d_model, d_ff, num_experts, seed=seed, device=device, **experts
+        )
         generator = torch.Generator().manual_seed(seed + 1)  # not the experts' stream
         self.router = TopKRouter(
             d_model, num_experts, top_k, balance_rate=balance_rate, switch_weight=switch_weight,
@@ -115,15 +117,21 @@ class ButterflyMoE(RemembersSettings, KeepsFloat32):
         """Set lambda in place, without a recompilation."""
         self.experts.set_blend(value)
 
-    def load_dense_(self, up: Tensor, down: Tensor, gate: Tensor | None = None, **biases: Any) -> "ButterflyMoE":
+    def load_dense_(
+        self, up: Tensor, down: Tensor, gate: Tensor | None = None, **biases: Any
+    ) -> "ButterflyMoE":
         """Take over a dense feed-forward network, see `ButterflyExperts.load_dense_`."""
         self.experts.load_dense_(up, down, gate, **biases)
         return self
 
     @classmethod
-    def from_config(cls, config: ButterflyMoEConfig, d_model: int, d_ff: int, **block: Any) -> "ButterflyMoE":
-        """Build from a config; `block` holds what the swapped block dictates (activation, gated,
-        bias, dropout, d_out, device)."""
+    def from_config(
+        cls, config: ButterflyMoEConfig, d_model: int, d_ff: int, **block: Any
+    ) -> "ButterflyMoE":
+        """Build from a config and what the swapped block dictates.
+
+        `block` may hold activation, gated, bias, dropout, d_out, device.
+        """
         return cls(
             d_model, d_ff, config.num_experts, config.top_k,
             balance_rate=config.balance_rate, switch_weight=config.switch_weight,
@@ -133,7 +141,13 @@ class ButterflyMoE(RemembersSettings, KeepsFloat32):
 
     @classmethod
     def from_settings(
-        cls, settings: dict[str, Any], *, activation: str | Callable[[Tensor], Tensor] | None = None, **other: Any
+        cls,
+        settings: dict[str, Any],
+        *,
+        activation: str | Callable[[Tensor], Tensor] | None = None,
+        **other: Any,
     ) -> "ButterflyMoE":
         """Rebuild from `settings`; give the activation when its name there is `custom`."""
-        return cls(**{**settings, **({} if activation is None else {"activation": activation}), **other})
+        return cls(
+            **{**settings, **({} if activation is None else {"activation": activation}), **other}
+        )

@@ -48,7 +48,9 @@ class Rotation(KeepsFloat32):
         self.d, self.num_experts, self.stages = d, num_experts, check_stages(d, stages)
         shape = (num_experts, self.stages, num_pairs(d))
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-        self.angles = nn.Parameter((base_angle + angle_std * noise).to(device))  # (experts, stages, pairs)
+        self.angles = nn.Parameter(
+            (base_angle + angle_std * noise).to(device)
+        )  # (experts, stages, pairs)
 
     def forward(self, x: Tensor, groups: ExpertGroups, inverse: bool = False) -> Tensor:
         """Rotate rows (rows, d), sorted by expert, each by its expert's B or B^T."""
@@ -62,7 +64,9 @@ class Rotation(KeepsFloat32):
         """
         if dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise ConfigError(
-                "stored angles are float16, bfloat16 or float32", got=dtype, fix="Use torch.float16."
+                "stored angles are float16, bfloat16 or float32",
+                got=dtype,
+                fix="Use torch.float16.",
             )
         angles = self.angles.detach()
         if dtype != torch.float32:  # a narrow format spends its bits best near zero

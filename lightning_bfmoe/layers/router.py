@@ -27,7 +27,8 @@ class Routing(NamedTuple):
 
     def detach(self) -> "Routing":
         """The same record without its graph."""
-        return Routing(*(t if t is None else t.detach() for t in self))
+        loss = None if self.loss is None else self.loss.detach()
+        return Routing(self.experts, self.weights.detach(), self.probs.detach(), self.load, loss)
 
 
 class TopKRouter(KeepsFloat32):
@@ -100,7 +101,7 @@ class TopKRouter(KeepsFloat32):
         return self._loss_scale
 
     def set_loss_scale(self, value: float) -> None:
-        """Set the factor in place: a GradScaler's scale divided by the accumulated micro-batches."""
+        """Set the factor in place: a GradScaler's scale / the accumulated micro-batches."""
         self._loss_scale.fill_(float(value))
 
     @property

@@ -10,7 +10,7 @@ STATE_VERSION = 1
 
 
 class RemembersSettings(nn.Module):
-    """Mixin: the settings travel in the state_dict, so that a checkpoint alone can rebuild the layer.
+    """Mixin: settings travel in the state_dict, so that a checkpoint alone rebuilds the layer.
 
     They are plain data (`torch.load(weights_only=True)` reads them), survive
     `save_weights_only=True`, and are compared when a state is loaded.
@@ -65,7 +65,9 @@ class RemembersSettings(nn.Module):
         if different:
             raise CheckpointError(
                 "a checkpoint fits a layer with the same settings",
-                got=", ".join(f"{k}: layer {a!r}, checkpoint {b!r}" for k, (a, b) in different.items()),
+                got=", ".join(
+                    f"{k}: layer {a!r}, checkpoint {b!r}" for k, (a, b) in different.items()
+                ),
                 fix="Use the settings of the checkpoint, or lightning_bfmoe.load_from_checkpoint.",
             )
         self.set_blend(state["blend"])

@@ -76,9 +76,18 @@ class Substrate(KeepsFloat32):
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._cache = None
-            return quantize_ternary(self.latent, self._blend, self.scale, self.granularity).to(dtype)
+            return quantize_ternary(self.latent, self._blend, self.scale, self.granularity).to(
+                dtype
+            )
         latent, blend = self.latent, self._blend
-        key = (dtype, latent.data_ptr(), latent._version, latent.device, blend.data_ptr(), blend._version)
+        key = (
+            dtype,
+            latent.data_ptr(),
+            latent._version,
+            latent.device,
+            blend.data_ptr(),
+            blend._version,
+        )
         if self._cache is None or self._cache[0] != key:
             weight = quantize_ternary(latent, blend, self.scale, self.granularity).to(dtype)
             self._cache = (key, weight)
@@ -125,7 +134,9 @@ class PackedSubstrate(nn.Module):
         self._cache: tuple[tuple, Tensor] | None = None
 
     @classmethod
-    def from_substrate(cls, substrate: "Substrate | PackedSubstrate", bits: str = "1.6") -> "PackedSubstrate":
+    def from_substrate(
+        cls, substrate: "Substrate | PackedSubstrate", bits: str = "1.6"
+    ) -> "PackedSubstrate":
         """Pack the trits and scales of a trained substrate, exactly."""
         trits, alpha = substrate.ternary()
         return cls.from_ternary(trits, alpha, bits)
@@ -166,7 +177,13 @@ class PackedSubstrate(nn.Module):
     @torch.compiler.disable
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix diag(alpha) T in `dtype`, unpacked once and kept."""
-        key = (dtype, self.packed.data_ptr(), self.packed._version, self.alpha.data_ptr(), self.alpha._version)
+        key = (
+            dtype,
+            self.packed.data_ptr(),
+            self.packed._version,
+            self.alpha.data_ptr(),
+            self.alpha._version,
+        )
         if self._cache is None or self._cache[0] != key:
             with torch.inference_mode(False):  # an inference tensor could not be reused in training
                 self._cache = (key, dequantize_ternary(*self.ternary(), dtype))

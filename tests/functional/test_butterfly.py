@@ -1,4 +1,4 @@
-"""The butterfly against independent oracles: dense Givens products, the Hadamard matrix, its laws."""
+"""The butterfly against independent oracles: Givens products, the Hadamard matrix, its laws."""
 
 import math
 
@@ -40,7 +40,9 @@ def dense_givens(angles, d):
 @pytest.mark.parametrize("d", ODD_SIZES)
 def test_equals_the_product_of_givens_rotations(d):
     angles = random_angles(d)
-    torch.testing.assert_close(butterfly_matrix(angles, d), dense_givens(angles, d), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        butterfly_matrix(angles, d), dense_givens(angles, d), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("d", [*ODD_SIZES, 384, 576, 768])

@@ -73,7 +73,9 @@ def test_load_counts_every_slot():
     assert expert_load(experts, 7).tolist() == [int((experts == e).sum()) for e in range(7)]
 
 
-@pytest.mark.parametrize(("tokens", "k", "num_experts"), [(1, 1, 1), (1, 2, 8), (13, 3, 5), (50, 2, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "k", "num_experts"), [(1, 1, 1), (1, 2, 8), (13, 3, 5), (50, 2, 64)]
+)
 def test_dispatch_and_combine_equal_a_loop(tokens, k, num_experts):
     x = torch.randn(tokens, 6, dtype=torch.float64)
     experts = torch.stack([torch.randperm(num_experts)[:k] for _ in range(tokens)])

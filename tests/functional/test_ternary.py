@@ -1,4 +1,4 @@
-"""Ternary quantiser: exact optimum by brute force, idempotence, straight-through gradient, packing."""
+"""Ternary quantiser: optimum by brute force, idempotence, straight-through gradient, packing."""
 
 import itertools
 
@@ -95,7 +95,9 @@ def test_bad_settings():
 
 def test_nan_is_named_and_stays_visible():
     w = torch.tensor([[1.0, float("nan")], [1.0, 2.0]])
-    with pytest.raises(ShapeError, match="up.latent must hold finite numbers: got 1 NaN or infinite of 4"):
+    with pytest.raises(
+        ShapeError, match="up.latent must hold finite numbers: got 1 NaN or infinite of 4"
+    ):
         check_finite(w, "up.latent")
     for scale in ("lstsq", "absmean"):
         assert quantize_ternary(w, scale=scale)[0].isnan().any()

@@ -1,4 +1,4 @@
-"""Every kernel of `rotate` against the reference: outputs, each gradient, low precision, odd loads."""
+"""Every kernel of `rotate` against the reference: outputs, gradients, low precision, odd loads."""
 
 import pytest
 import torch
@@ -23,7 +23,11 @@ def case(d, experts, rows, load="spread", dtype=torch.float64, stages=None):
     x = torch.randn(rows, d, dtype=dtype, requires_grad=True)
     angles = torch.randn(experts, stages or num_stages(d), num_pairs(d), dtype=torch.float64)
     groups = group_by_expert(LOADS[load](experts, rows), experts)
-    return x, angles.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_(), groups
+    return (
+        x,
+        angles.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_(),
+        groups,
+    )
 
 
 def run(kernel, x, angles, groups, inverse, upstream):
@@ -65,7 +69,9 @@ def test_fewer_stages(kernel, stages):
 
 
 @pytest.mark.parametrize("kernel", FAST)
-@pytest.mark.parametrize(("dtype", "floor"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "floor"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)]
+)
 @pytest.mark.parametrize("d", [48, 256])
 def test_low_precision_error_is_at_most_twice_plain_pytorchs(kernel, dtype, floor, d):
     """Plain PyTorch = the stages in that dtype, rounding at each; ours rounds once, at the end."""
@@ -79,7 +85,9 @@ def test_low_precision_error_is_at_most_twice_plain_pytorchs(kernel, dtype, floo
     for ours_i, plain_i, exact_i in zip(ours, plain, exact, strict=True):
         norm = exact_i.norm()
         assert ours_i.dtype == dtype
-        assert (ours_i.double() - exact_i).norm() / norm <= 2 * (plain_i.double() - exact_i).norm() / norm + floor
+        assert (ours_i.double() - exact_i).norm() / norm <= 2 * (
+            plain_i.double() - exact_i
+        ).norm() / norm + floor
 
 
 @pytest.mark.parametrize("kernel", FAST)
@@ -108,7 +116,9 @@ def test_inverse_undoes_the_rotation_and_no_rows_are_fine():
     assert rotate(torch.zeros(0, 48), angles.float(), none).shape == (0, 48)
 
 
-@pytest.mark.parametrize(("d", "stages"), [(512, 9), (2048, 11), (768, 10), (7, 5), (96, 3), (2, 1), (8192, 13)])
+@pytest.mark.parametrize(
+    ("d", "stages"), [(512, 9), (2048, 11), (768, 10), (7, 5), (96, 3), (2, 1), (8192, 13)]
+)
 def test_factors_cover_exactly_the_regular_stages(d, stages):
     factors = factor_stages(d, stages)
     covered = [s for start, count in factors for s in range(start, start + count)]
@@ -140,7 +150,10 @@ def test_dispatch_takes_blocks_for_many_rows_and_says_so():
     with use_kernel("rotate", "reference"):
         assert choose("rotate", x, angles, groups).name == "reference"
         assert "[forced]" in describe()
-    with pytest.raises(ConfigError, match=r"the kernels of 'rotate' are .*got 'cuda9'"), use_kernel("rotate", "cuda9"):
+    with (
+        pytest.raises(ConfigError, match=r"the kernels of 'rotate' are .*got 'cuda9'"),
+        use_kernel("rotate", "cuda9"),
+    ):
         pass
 
 
