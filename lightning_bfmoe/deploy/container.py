@@ -14,6 +14,7 @@ import re
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -110,7 +111,7 @@ def read_container(path: Path) -> Container:
     return Container(path, status.st_size, data_start, metadata, tensors)
 
 
-def read_tensor(file: BinaryIO, container: Container, name: str, expected: str) -> Tensor:
+def read_tensor(file: BufferedReader, container: Container, name: str, expected: str) -> Tensor:
     """Reads one tensor into memory of its own and compares its checksum.
 
     Raises:

@@ -13,8 +13,9 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from torch import Tensor
 
@@ -102,7 +103,7 @@ class PackedFile:
             raise PackedFileError("a packed file must be readable", got=error) from error
         return tensors | {alias: tensors[name] for alias, name in self.header.aliases.items()}
 
-    def _read(self, file: BinaryIO, name: str) -> Tensor:
+    def _read(self, file: BufferedReader, name: str) -> Tensor:
         return read_tensor(file, self.container, name, self.header.tensors[name].sha256)
 
 

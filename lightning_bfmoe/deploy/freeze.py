@@ -9,7 +9,7 @@ The stored names are the state-dict keys of the packed layer:
     experts.gate..., experts.down...                       the same
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_bfmoe.deploy.checks import refuse
 from lightning_bfmoe.deploy.format import LayerRecord
+from lightning_bfmoe.deploy.slots import check_plain
 from lightning_bfmoe.errors import BFMoEError, PackedFileError
 from lightning_bfmoe.functional.butterfly import num_pairs, num_stages
 from lightning_bfmoe.functional.packing import packed_size
@@ -25,7 +26,6 @@ from lightning_bfmoe.layers import (
     ButterflyLinear,
     ButterflyMoE,
     PackedSubstrate,
-    Rotation,
     Substrate,
     TopKRouter,
 )
@@ -36,7 +36,8 @@ KINDS: dict[str, type[ButterflyMoE] | type[ButterflyExperts]] = {
     "ButterflyExperts": ButterflyExperts,
 }
 FLOATS = ("F32", "F16", "BF16")
-_TRAINING = ("dropout", "scale", "angle_std", "seed", "balance_rate", "switch_weight", "z_weight")
+_TRAINING = {"dropout", "scale", "angle_std", "seed", "balance_rate"}
+_TRAINING |= {"switch_weight", "z_weight", "router_noise"}
 
 
 class Stored(NamedTuple):
@@ -111,25 +112,32 @@ def describe(
     return LayerRecord(path, kind, dict(layer.settings), placement, bits, angles)
 
 
-def pack_tensors(layer: nn.Module, record: LayerRecord) -> dict[str, Tensor]:
+def pack_tensors(
+    layer: nn.Module, record: LayerRecord, memo: dict[tuple[int, str], Tensor]
+) -> dict[str, Tensor]:
     """The stored tensors of a live layer, latent or already packed; the layer is not touched.
+
+    Args:
+        layer: The layer.
+        record: Its record.
+        memo: Filled with what was made of which module, so that shared parts stay shared.
 
     Raises:
         PackedFileError: A number is NaN or infinite, or does not fit the stored dtype.
     """
     narrow = getattr(torch, record.angles)
     result: dict[str, Tensor] = {}
-    ready: dict[str, PackedSubstrate] = {}
-    for name, module in layer.named_modules():
-        if isinstance(module, Substrate | PackedSubstrate):
-            _check_finite(record, f"{name}.latent", getattr(module, "latent", torch.zeros(())))
-            ready[name] = PackedSubstrate.from_substrate(module, record.bits)
     for name, stored in stored_tensors(record).items():
         owner_name, _, leaf = name.rpartition(".")
-        if owner_name in ready:
-            tensor = getattr(ready[owner_name], leaf)
-        else:
-            tensor = getattr(layer.get_submodule(owner_name), leaf).detach()
+        owner = layer.get_submodule(owner_name)
+        key = (id(owner), leaf)
+        if key not in memo and isinstance(owner, Substrate | PackedSubstrate):
+            if isinstance(owner, Substrate):
+                _check_finite(record, f"{owner_name}.latent", owner.latent)
+            packed = PackedSubstrate.from_substrate(owner, record.bits)
+            memo |= {(id(owner), "packed"): packed.packed, (id(owner), "alpha"): packed.alpha}
+        if key not in memo:
+            tensor = check_plain(f"{record.path}.{name}", getattr(owner, leaf))
             _check_finite(record, name, tensor)
             if stored.part == "angles":
                 tensor = store_angles(tensor, narrow)
@@ -137,8 +145,9 @@ def pack_tensors(layer: nn.Module, record: LayerRecord) -> dict[str, Tensor]:
                 tensor = tensor.to(narrow)
             elif tensor.dtype == torch.float64:
                 refuse("a layer is packed from float32", f"{record.path}.{name} in float64", _FLOAT)
-        _check_finite(record, name, tensor)
-        result[name] = tensor
+            memo[key] = tensor
+        _check_finite(record, name, memo[key])
+        result[name] = memo[key]
     return result
 
 
@@ -157,14 +166,16 @@ def store_angles(angles: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def build_packed(
-    record: LayerRecord, tensors: dict[str, Tensor], activation: nn.Module | None = None
+    record: LayerRecord,
+    tensors: dict[str, Tensor],
+    activation: Callable[[Tensor], Tensor] | None = None,
 ) -> ButterflyMoE | ButterflyExperts:
     """A packed layer around the stored tensors, which it uses as they are.
 
     Args:
         record: Its record.
         tensors: Every name of `stored_tensors`.
-        activation: Module for an activation named `custom`.
+        activation: Module or function for an activation named `custom`.
 
     Raises:
         PackedFileError: The settings make no layer, or the trits are no code.
@@ -182,7 +193,7 @@ def build_packed(
         ) from error
     for module in list(layer.modules()):
         if isinstance(module, ButterflyLinear):
-            module.substrate = _empty_substrate(module.substrate, record)
+            module.substrate = _empty_substrate(module.d_out, module.d_in, record)
     for name, stored in stored_tensors(record).items():
         owner_name, _, leaf = name.rpartition(".")
         owner = layer.get_submodule(owner_name)
@@ -197,7 +208,7 @@ def build_packed(
     return layer
 
 
-def same_layer(record: LayerRecord, layer: nn.Module) -> str:
+def same_layer(record: LayerRecord, layer: ButterflyMoE | ButterflyExperts) -> str:
     """What keeps a live layer from being the recorded one; empty when nothing does."""
     if type(layer).__name__ != record.kind:
         return f"{type(layer).__name__}, not {record.kind}"
@@ -217,9 +228,9 @@ def custom_tensors(record: LayerRecord, layer: nn.Module) -> Iterator[tuple[str,
         yield f"{prefix}activation.{name}", tensor
 
 
-def _empty_substrate(latent: nn.Module, record: LayerRecord) -> PackedSubstrate:
+def _empty_substrate(d_out: int, d_in: int, record: LayerRecord) -> PackedSubstrate:
     packed = PackedSubstrate(2, 2, record.bits, record.config["granularity"])
-    packed.d_out, packed.d_in = latent.d_out, latent.d_in
+    packed.d_out, packed.d_in = d_out, d_in  # the stored bytes follow, and fit these sizes
     return packed
 
 

@@ -12,7 +12,7 @@ the bits of a trit and of an angle. Ratios are given against the fp32 standard M
 whose experts are ternary: the first flatters, the second is the fair opponent.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.box import SIMPLE
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from lightning_bfmoe.deploy.devices import device_bytes, human_bytes
 from lightning_bfmoe.errors import ConfigError
-from lightning_bfmoe.functional.butterfly import check_stages, num_pairs
+from lightning_bfmoe.functional.butterfly import num_pairs, num_stages
 from lightning_bfmoe.functional.packing import packed_size
 
 Parts = dict[str, float]
@@ -109,7 +109,8 @@ class _Counter:
 
     def rotations(self, experts: int, stages: int | None, bits: float) -> float:
         widths = [width for matrix in self.matrices for width in matrix]
-        angles = sum(check_stages(width, stages) * num_pairs(width) for width in widths)
+        limit = max(map(num_stages, widths)) if stages is None else stages
+        angles = sum(min(limit, num_stages(width)) * num_pairs(width) for width in widths)
         return experts * angles * bits / 8
 
     def gains(self, experts: int, bits: float) -> float:
@@ -132,6 +133,8 @@ def plan_memory(
     bias: bool = True,
     d_out: int | None = None,
     granularity: str = "row",
+    down: str = "butterfly",
+    router: bool = True,
     paper_convention: bool = False,
 ) -> MemoryPlan:
     """Counts the bytes of a feed-forward layer as dense, standard MoE and ButterflyMoE.
@@ -158,24 +161,34 @@ def plan_memory(
         bias: One bias per matrix, shared by our experts, one per expert in a standard MoE.
         d_out: Width of the result; None: `d_model`.
         granularity: One ternary scale a `row` or a `tensor`.
+        down: `dense` when our second matrix is one shared fp32 projection (preset `paper`).
+        router: Count the router's weight and balance bias, fp32, in every MoE.
         paper_convention: Count as arXiv 2601.13563 does: ONE matrix of d_ff x d_model, 1.58 bit a
             trit, angles of 16 bit, no router, scale or bias. No real file is that small.
 
     Raises:
         ConfigError: A size is not positive, or a choice is unknown.
-        ShapeError: A width below 2, or more stages than a rotation has.
+        ShapeError: A width below 2.
     """
     settings = dict(locals())
     for name in ("d_model", "d_ff", "num_experts", "top_k", "angle_bits", "layers"):
         _check_count(name, settings[name])
+    if stages is not None:
+        _check_count("stages", stages)
     if top_k > num_experts:
         raise ConfigError(
             "top_k must be at most num_experts",
             got=f"top_k={top_k}, num_experts={num_experts}",
             fix=f"Use top_k={num_experts} or fewer.",
         )
-    if granularity not in ("row", "tensor"):
-        raise ConfigError("granularity must be 'row' or 'tensor'", got=repr(granularity), fix="")
+    choices = (("granularity", ("row", "tensor")), ("down", ("butterfly", "dense")))
+    for name, allowed in choices:
+        if settings[name] not in allowed:
+            raise ConfigError(
+                f"{name} must be one of {allowed}",
+                got=repr(settings[name]),
+                fix=f"Use {name}={allowed[0]!r}.",
+            )
     if paper_convention:
         settings |= {"trit_bits": 1.58, "matrices": 1}
         counter = _Counter([(d_ff, d_model)], bits=1.58, scale_rows=None)
@@ -187,18 +200,23 @@ def plan_memory(
             _check_count("matrices", matrices)
             shapes = shapes[:matrices]
         rows = [shape[0] for shape in shapes] if bias else []
-        router = num_experts * d_model + num_experts  # weight and balance bias
-        counter = _Counter(shapes, rows, float(trit_bits), granularity, router)
-    ours = counter.ternary(1) | {"angles": counter.rotations(num_experts, stages, angle_bits)}
+        routing = num_experts * (d_model + 1) if router else 0  # weight and balance bias
+        counter = _Counter(shapes, rows, _check_bits(trit_bits), granularity, routing)
+    ours = counter
+    if down == "dense" and len(counter.matrices) > 1:
+        ours = replace(counter, matrices=[counter.matrices[0], *counter.matrices[2:]])
+    packed = ours.ternary(1) | {"angles": ours.rotations(num_experts, stages, angle_bits)}
     if gains:
-        ours["gains"] = counter.gains(num_experts, angle_bits)
+        packed["gains"] = ours.gains(num_experts, angle_bits)
+    if ours is not counter:
+        packed["weights"] = counter.weights(1)["weights"] - ours.weights(1)["weights"]
     routed: Parts = {"router": 4 * counter.router}
     parts = {
         "dense_fp32": counter.weights(1),
         "dense_ternary": counter.ternary(1),
         "moe_fp32": counter.weights(num_experts) | routed,
         "moe_ternary": counter.ternary(num_experts) | routed,
-        "butterfly": ours | routed,
+        "butterfly": packed | routed,
     }
     return MemoryPlan(settings, parts, layers)
 
@@ -243,4 +261,16 @@ def _trit_bytes(numel: int, bits: float) -> float:
 
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be a count >= 1", got=f"{name}={value!r}", fix="")
+        raise ConfigError(
+            f"{name} must be a count >= 1", got=f"{name}={value!r}", fix="Use 1 or more."
+        )
+
+
+def _check_bits(bits: float | str) -> float:
+    if f"{bits}" not in ("1.6", "2", "2.0"):
+        raise ConfigError(
+            "trit_bits must be 1.6 or 2",
+            got=repr(bits),
+            fix="Use 1.6; 1.58 exists in no file, only with paper_convention=True.",
+        )
+    return float(bits)

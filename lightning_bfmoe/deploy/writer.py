@@ -14,11 +14,13 @@ from torch import Tensor
 from lightning_bfmoe.deploy.container import BLANK, DTYPE_NAMES, MAX_HEADER
 from lightning_bfmoe.errors import PackedFileError
 
+Write = Callable[[BinaryIO], None]
+
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's values as little-endian bytes in C order."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B")
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def write_container(
@@ -30,6 +32,8 @@ def write_container(
         PackedFileError: The file exists and `overwrite` is false, or the system refused to write.
     """
     header: dict[str, Any] = {"__metadata__": {"digest": BLANK, **metadata}}
+    # Wide numbers first, so that every tensor is aligned and can be mapped into memory.
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     offset = 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
@@ -88,23 +92,16 @@ def check_target(path: Path, overwrite: bool) -> None:
         raise PackedFileError("the folder must exist", got=path.parent, fix="Create it first.")
 
 
-def _write_atomically(path: Path, write: Callable[[BinaryIO], None], overwrite: bool) -> None:
+def _write_atomically(path: Path, write: Write, overwrite: bool) -> None:
     temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(6)}.tmp"
-    unnamed = _open_unnamed(path.parent)
     try:
-        # An unnamed file vanishes with its process, even one that is killed outright.
-        with open(
-            temporary if unnamed is None else unnamed, "xb" if unnamed is None else "wb"
-        ) as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            if unnamed is not None:
-                os.link(f"/proc/self/fd/{unnamed}", temporary, follow_symlinks=True)
+        if not _write_unnamed(temporary, write):
+            with open(temporary, "xb") as file:
+                _fill(file, write)
         if overwrite:
             os.replace(temporary, path)
         else:
-            os.link(temporary, path)
+            os.link(temporary, path)  # fails when the file has come into being meanwhile
     finally:
         temporary.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):
@@ -115,10 +112,28 @@ def _write_atomically(path: Path, write: Callable[[BinaryIO], None], overwrite: 
             os.close(folder)
 
 
-def _open_unnamed(folder: Path) -> int | None:
-    if not (hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd")):
-        return None
+def _write_unnamed(target: Path, write: Write) -> bool:
+    """Writes a file that has no name until it is whole, so that even a killed process leaves none.
+
+    Returns False where the system does not have such files (Linux has).
+    """
+    if not hasattr(os, "O_TMPFILE"):
+        return False
     try:
-        return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666)
+        number = os.open(target.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
     except OSError:
-        return None
+        return False
+    with open(number, "wb") as file:
+        _fill(file, write)
+        try:
+            # Naming a folder makes Python follow the link in /proc; the absolute path ignores it.
+            os.link(f"/proc/self/fd/{number}", target, src_dir_fd=number, follow_symlinks=True)
+        except OSError:
+            return False
+    return True
+
+
+def _fill(file: BinaryIO, write: Write) -> None:
+    write(file)
+    file.flush()
+    os.fsync(file.fileno())

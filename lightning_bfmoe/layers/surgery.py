@@ -38,7 +38,7 @@ class ReplacementPlan(TypedDict, total=False):
 class Replaced:
     """The receipt of one replacement: what stood in each slot before."""
 
-    before: list[tuple[nn.Module, str, object]] = field(default_factory=list)
+    before: list[tuple[Any, str, Any]] = field(default_factory=list)
 
     def revert(self) -> None:
         """Puts every original object back, last change first."""
@@ -146,7 +146,7 @@ def apply_replacement(model: nn.Module, entry: ReplacementPlan, module: nn.Modul
         SwapError: A slot does not exist in `model`, or is of the wrong kind.
     """
     entry = check_form(entry)
-    changes: list[tuple[nn.Module, str, object]] = []
+    changes: list[tuple[nn.Module, str, Any]] = []
     for slot in (entry["path"], *entry["aliases"]):
         owner, name = find_slot(model, slot)
         if name not in owner._modules:
@@ -159,11 +159,11 @@ def apply_replacement(model: nn.Module, entry: ReplacementPlan, module: nn.Modul
             raise SwapError("only a module or callable becomes the identity", got=slot)
         new = nn.Identity().train(old.training) if isinstance(old, nn.Module) else identity
         changes.append((owner, name, new))
-    for slot, value in entry["attributes"].items():
+    for slot, setting in entry["attributes"].items():
         owner, name = find_slot(model, slot)
         if name.startswith("_") or name not in vars(owner):
             raise SwapError("a setting must be a plain public attribute", got=slot, fix=_SAME_MODEL)
-        changes.append((owner, name, value))
+        changes.append((owner, name, setting))
     receipt = Replaced([(owner, name, getattr(owner, name)) for owner, name, _ in changes])
     module.train(receipt.before[0][2].training)  # type: ignore[attr-defined]
     for owner, name, value in changes:

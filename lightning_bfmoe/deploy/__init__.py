@@ -1,0 +1,22 @@
+"""Floor 3: from a trained model to one small file and back, without Lightning."""
+
+from lightning_bfmoe.deploy.devices import DEVICES
+from lightning_bfmoe.deploy.format import read_packed
+from lightning_bfmoe.deploy.inspect import inspect_packed
+from lightning_bfmoe.deploy.load import load_packed
+from lightning_bfmoe.deploy.memory import MemoryPlan, experts_that_fit, plan_memory
+from lightning_bfmoe.deploy.pack import pack
+from lightning_bfmoe.deploy.report import PackedSummary, PackReport
+
+__all__ = [
+    "DEVICES",
+    "MemoryPlan",
+    "PackReport",
+    "PackedSummary",
+    "experts_that_fit",
+    "inspect_packed",
+    "load_packed",
+    "pack",
+    "plan_memory",
+    "read_packed",
+]
