@@ -47,7 +47,8 @@ class StandardMoE(nn.Module):
     """A mixture of independent feed-forward experts with a linear top-k router.
 
     The weights of the chosen experts are a softmax over their k logits. After a forward,
-    ``balance_loss`` holds the Switch load-balance loss of that batch, 1 when perfectly even.
+    ``balance_loss`` holds the Switch load-balance loss of that batch, 1 when perfectly even, and
+    ``load`` the number of token slots that each expert got.
 
     Args:
         dense: The block that every expert starts as a copy of.
@@ -73,6 +74,7 @@ class StandardMoE(nn.Module):
         self.blend = 0.0
         self.act = dense.act
         self.balance_loss = torch.zeros(())
+        self.load = torch.zeros(num_experts, dtype=torch.int64)
         generator = torch.Generator().manual_seed(seed)
         router = 0.02 * torch.randn(num_experts, dense.expand.in_features, generator=generator)
         self.router = nn.Parameter(router)
@@ -104,7 +106,8 @@ class StandardMoE(nn.Module):
         return out.view_as(x)
 
     def _balance(self, probs: Tensor, chosen: Tensor) -> Tensor:
-        share = torch.bincount(chosen.flatten(), minlength=self.num_experts) / chosen.numel()
+        self.load = torch.bincount(chosen.flatten(), minlength=self.num_experts)
+        share = self.load / chosen.numel()
         return self.num_experts * (share * probs.mean(dim=0)).sum()
 
 

@@ -3,6 +3,8 @@
 Pre-LayerNorm decoder, learned positions, GELU feed-forward blocks, output tied to the embedding.
 """
 
+import math
+
 import lightning as L
 import torch
 import torch.nn.functional as F
@@ -88,7 +90,7 @@ class GPT(L.LightningModule):
         depth: Number of layers.
         heads: Attention heads per layer; must divide ``width``.
         hidden: Hidden size of the feed-forward blocks; None for ``4 * width``.
-        learning_rate: Peak of the one-cycle schedule, AdamW.
+        learning_rate: AdamW's rate after the warm-up.
         weight_decay: AdamW's decay, on matrices only.
     """
 
@@ -138,7 +140,7 @@ class GPT(L.LightningModule):
         self.log("val_loss", self.loss(batch), prog_bar=True, batch_size=len(batch[0]))
 
     def configure_optimizers(self) -> dict:
-        """AdamW (decay on matrices only) with a one-cycle schedule over the whole run."""
+        """AdamW (decay on matrices only) with warm-up and cosine over the whole run."""
         decay = [p for p in self.parameters() if p.requires_grad and p.dim() >= 2]
         plain = [p for p in self.parameters() if p.requires_grad and p.dim() < 2]
         optimizer = torch.optim.AdamW(
@@ -149,12 +151,9 @@ class GPT(L.LightningModule):
             lr=self.learning_rate,
             betas=(0.9, 0.95),
         )
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            max_lr=self.learning_rate,
-            total_steps=int(self.trainer.estimated_stepping_batches),
-            pct_start=0.1,
-            cycle_momentum=False,
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warm_up_and_cosine(step, steps)
         )
         return {
             "optimizer": optimizer,
@@ -199,6 +198,19 @@ class GPT(L.LightningModule):
             tokens = torch.cat([tokens, new])
         self.train(was_training)
         return tokens
+
+
+def warm_up_and_cosine(step: int, steps: int) -> float:
+    """Factor of the learning rate: up over a tenth of the steps, then a cosine down to 0.
+
+    Example:
+        >>> [round(warm_up_and_cosine(step, 20), 2) for step in (0, 1, 11, 20)]
+        [0.5, 1.0, 0.5, 0.0]
+    """
+    warm = max(steps // 10, 1)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * min((step - warm) / max(steps - warm, 1), 1.0)))
 
 
 def _init(module: nn.Module) -> None:

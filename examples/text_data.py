@@ -1,5 +1,6 @@
 """A LightningDataModule over the offline corpora of `lightning_bfmoe.data`."""
 
+from functools import cached_property
 from typing import Literal
 
 import lightning as L
@@ -12,6 +13,7 @@ from lightning_bfmoe.data import (
     Corpus,
     RandomWindows,
     SequentialWindows,
+    TextTokenizer,
     load_corpus,
     train_bpe,
 )
@@ -46,22 +48,32 @@ class TextData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.corpus: Corpus | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and tokenise the corpus, once."""
-        if self.corpus is not None:
-            return
-        # the tuning part is always held out, so both judgements use the same training text
-        self.corpus = load_corpus(self.hparams.corpus, tuning_fraction=0.05)
+        """Read and tokenise the corpus; what is not asked for is never computed."""
+        _ = self.train_tokens, self.held_out_tokens
+
+    @cached_property
+    def text(self) -> Corpus:
+        """The corpus. Its tuning part is always held out: both judgements train on one text."""
+        return load_corpus(self.hparams.corpus, tuning_fraction=0.05)
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """Made from training text alone."""
         if self.hparams.tokenizer == "bytes":
-            self.tokenizer = ByteTokenizer()
-        else:
-            self.tokenizer = train_bpe(
-                self.corpus.train, self.hparams.vocab_size, max_characters=2_000_000
-            )
-        self.train_tokens = self.tokenizer.encode(self.corpus.train)
-        self.held_out_tokens = self.tokenizer.encode(getattr(self.corpus, self.hparams.judge_on))
+            return ByteTokenizer()
+        return train_bpe(self.text.train, self.hparams.vocab_size, max_characters=2_000_000)
+
+    @cached_property
+    def train_tokens(self) -> Tensor:
+        """int64, 1-D."""
+        return self.tokenizer.encode(self.text.train)
+
+    @cached_property
+    def held_out_tokens(self) -> Tensor:
+        """int64, 1-D: the part that ``judge_on`` names."""
+        return self.tokenizer.encode(getattr(self.text, self.hparams.judge_on))
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """``steps`` batches of ``(inputs, targets)``, each int64 ``[batch_size, context]``."""

@@ -8,7 +8,7 @@ Example:
 
 from lightning_bfmoe.data.corpus import Corpus, load_corpus
 from lightning_bfmoe.data.split import split_documents
-from lightning_bfmoe.data.tokenizers import BPETokenizer, ByteTokenizer, train_bpe
+from lightning_bfmoe.data.tokenizers import BPETokenizer, ByteTokenizer, TextTokenizer, train_bpe
 from lightning_bfmoe.data.windows import RandomWindows, SequentialWindows
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Corpus",
     "RandomWindows",
     "SequentialWindows",
+    "TextTokenizer",
     "load_corpus",
     "split_documents",
     "train_bpe",

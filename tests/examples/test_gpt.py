@@ -94,5 +94,5 @@ def test_text_data_cuts_windows_of_a_corpus(tmp_path, tokenizer):
     held_out = torch.cat([x for x, _ in data.val_dataloader()])
     assert held_out.shape == (6, 16)
     first = data.tokenizer.decode(held_out[0])
-    assert data.corpus.validation.startswith(first)
-    assert data.tokenizer.decode(data.train_tokens) == data.corpus.train
+    assert data.text.validation.startswith(first)
+    assert data.tokenizer.decode(data.train_tokens) == data.text.train
