@@ -1,0 +1,178 @@
+"""The command `bfmoe`: demo, plan, inspect. Built on jsonargparse, as LightningCLI is."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from lightning_bfmoe import __version__
+from lightning_bfmoe.errors import BFMoEError, CheckpointError, ConfigError
+
+
+def demo(steps: int = 60, num_experts: int = 16, top_k: int = 2, out: str = "bfmoe-demo") -> None:
+    """Swap, train, pack, load and generate with a tiny model on this Python's own source text.
+
+    Args:
+        steps: Training steps of the dense model, and again of the swapped one.
+        num_experts: Experts per layer.
+        top_k: Experts that a token visits.
+        out: Folder for the packed file.
+    """
+    from lightning_bfmoe.demo import run_demo
+
+    run_demo(steps=steps, num_experts=num_experts, top_k=top_k, out=Path(out))
+
+
+def plan(
+    d_model: int,
+    d_ff: int,
+    num_experts: int,
+    top_k: int = 2,
+    gated: bool = False,
+    layers: int = 1,
+    angle_bits: int = 16,
+    trit_bits: float = 1.6,
+    gains: bool = False,
+    paper_convention: bool = False,
+    devices: str | None = None,
+) -> None:
+    """Bytes of the feed-forward layers, beside the honest controls, and how many experts fit where.
+
+    Args:
+        d_model: Width of the model.
+        d_ff: Hidden width.
+        num_experts: Experts per layer.
+        top_k: Experts that a token visits (no byte depends on it).
+        gated: Three matrices (SwiGLU) instead of two.
+        layers: Equal layers to add up.
+        angle_bits: Bits of a stored angle: 32, 16, or 8 and 4 for what-if questions.
+        trit_bits: 1.6 or 2.
+        gains: Per-expert diagonal gains.
+        paper_convention: Count as the paper does (one matrix, 1.58 bit, no router, no scales).
+        devices: Names or bytes, comma-separated, e.g. rpi5,jetson-nano,536870912; for each one
+            line: the experts per layer that fit if they had the memory to themselves.
+    """
+    from lightning_bfmoe.deploy import experts_that_fit, plan_memory
+
+    settings: dict[str, Any] = {
+        "gated": gated, "layers": layers, "angle_bits": angle_bits, "trit_bits": trit_bits,
+        "gains": gains, "paper_convention": paper_convention,
+    }  # fmt: skip
+    console = Console()
+    console.print(plan_memory(d_model, d_ff, num_experts, top_k, **settings))
+    for device in devices.split(",") if devices else ():
+        room = int(device) if device.isdigit() else device
+        fit = experts_that_fit(room, d_model, d_ff, **settings)
+        console.print(
+            f"{device}: at most {fit['moe_fp32']:,} experts per layer as fp32 standard MoE, "
+            f"{fit['moe_ternary']:,} as ternary, {fit['butterfly']:,} as ButterflyMoE"
+        )
+
+
+def inspect(target: str, init: dict[str, Any] | None = None, num_experts: int = 8) -> None:
+    """Look into a packed file, a training checkpoint, or a model that could be swapped.
+
+    Args:
+        target: Path of a packed file or a Lightning checkpoint, or `package.module:ClassName` of a
+            module, which is built and searched for feed-forward blocks (nothing is changed).
+        init: Arguments of that class, e.g. --init '{"vocab_size": 256}'.
+        num_experts: Experts per layer, for the savings of a module.
+    """
+    console = Console()
+    if Path(target).exists():
+        _inspect_file(Path(target), console)
+    elif ":" in target and not target.startswith((".", "/")):
+        from lightning_bfmoe.swap import swap_feed_forward
+
+        model = _import(target)(**(init or {}))
+        console.print(swap_feed_forward(model, dry_run=True, num_experts=num_experts))
+    else:
+        raise ConfigError(
+            "inspect takes a file that exists or package.module:ClassName",
+            got=repr(target),
+            fix="Check the path; a class is named like examples.gpt:GPT.",
+        )
+
+
+def _inspect_file(path: Path, console: Console) -> None:
+    from lightning_bfmoe.deploy import inspect_packed
+
+    if path.suffix != ".ckpt":
+        console.print(inspect_packed(path))
+        return
+    import torch
+
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True)["state_dict"]
+    except Exception as error:
+        raise CheckpointError(
+            "a .ckpt file is a Lightning checkpoint that loads without running code",
+            got=f"{path.name}: {type(error).__name__}: {str(error).splitlines()[0]}",
+            fix="Packed files need no .ckpt suffix.",
+        ) from error
+    layers = {
+        key.removesuffix("._extra_state"): value
+        for key, value in state.items()
+        if isinstance(value, dict) and str(value.get("kind", "")).startswith("Butterfly")
+    }
+    owned = {name for name in layers if any(name == f"{other}.experts" for other in layers)}
+    console.print(f"{path.name}: {len(layers) - len(owned)} ButterflyMoE layers")
+    for name, value in layers.items():
+        if name not in owned:
+            s = value["settings"]
+            console.print(
+                f"  {name}: {s['d_model']} -> {s['d_ff']} -> {s['d_out']}, {s['num_experts']} "
+                f"experts, {s['activation']}{', gated' if s['gated'] else ''}, "
+                f"lambda {value['blend']:.3f}",
+                highlight=False,
+            )
+
+
+def _import(path: str) -> Callable[..., Any]:
+    import importlib
+
+    module, _, name = path.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            "package.module:ClassName must be importable", got=path, fix=f"{error}."
+        ) from error
+    finally:
+        sys.path.pop(0)
+    return found
+
+
+def _run(arguments: list[str]) -> None:
+    parser = ArgumentParser(prog="bfmoe", description="ButterflyMoE for PyTorch Lightning.")
+    commands: dict[str, Callable[..., None]] = {"demo": demo, "plan": plan, "inspect": inspect}
+    subcommands = parser.add_subcommands()
+    for name, function in commands.items():
+        own = ArgumentParser(description=(function.__doc__ or "").splitlines()[0])
+        own.add_function_arguments(function, as_positional=name == "inspect")
+        subcommands.add_subcommand(name, own, help=own.description)
+    chosen = parser.parse_args(arguments)
+    settings = chosen[chosen.subcommand].as_dict()
+    settings.pop("config", None)
+    commands[chosen.subcommand](**settings)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status (2 for an error that we explain)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"bfmoe {__version__}")  # noqa: T201
+        return 0
+    try:
+        _run(arguments)
+    except BFMoEError as error:
+        title = type(error).__name__
+        Console(stderr=True).print(Panel(Text(str(error)), title=title, border_style="red"))
+        return 2
+    return 0
