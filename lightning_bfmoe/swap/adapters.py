@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightning_bfmoe.errors import SwapError
 from lightning_bfmoe.layers.surgery import Scalar
-from lightning_bfmoe.swap.blocks import FeedForward, is_linear, linear_weight
-from lightning_bfmoe.swap.probe import NotFeedForwardError, classify_activation, own_activations
+from lightning_bfmoe.swap.activations import classify_activation, own_activations
+from lightning_bfmoe.swap.blocks import FeedForward, NotFeedForwardError
+from lightning_bfmoe.swap.linears import is_linear, linear_weight
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,14 @@ def register_adapter(
             got=f"match={match!r}, read={read!r}",
             fix="See the example in help(register_adapter).",
         )
-    kind = match if isinstance(match, type) else None
+    if isinstance(match, type):
+        kind: type[nn.Module] = match
+        matches: Callable[[nn.Module], bool] = lambda module: isinstance(module, kind)  # noqa: E731
+    else:
+        matches = match
     adapter = Adapter(
-        family=family or getattr(match, "__name__", "custom"),
-        match=match if kind is None else (lambda module: isinstance(module, kind)),
+        family=family or str(getattr(match, "__name__", "custom")),
+        match=matches,
         read=read,
         layer_at=layer_at,
         identities=lambda module: list(identities),

@@ -5,18 +5,22 @@ in one `FeedForward`. It is also the reference the new layer is compared with.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_bfmoe.errors import SwapError
-from lightning_bfmoe.layers.activation import ACTIVATIONS
+from lightning_bfmoe.swap.activations import Activation, activation_function
 
-Activation = str | Callable[[Tensor], Tensor]
+
+class NotFeedForwardError(Exception):
+    """A module is not a feed-forward block; the text is the reason, for the user."""
+
+
+class UnreadableError(Exception):
+    """A module is a feed-forward block whose weights cannot be read; the text says why."""
 
 
 @dataclass
@@ -115,101 +119,6 @@ class FeedForward:
     def __call__(self, x: Tensor) -> Tensor:
         """The block's output without dropout, in the dtype of its weights."""
         return F.linear(self.hidden(x), self.down, self.down_bias)
-
-
-def activation_function(activation: Activation) -> Callable[[Tensor], Tensor]:
-    """The callable behind a registry name; a callable is returned as it is.
-
-    Raises:
-        SwapError: The name is unknown.
-    """
-    if not isinstance(activation, str):
-        return activation
-    if activation not in ACTIVATIONS:
-        raise SwapError(
-            "an activation must be a callable or a known name",
-            got=repr(activation),
-            fix=f"Known names: {', '.join(ACTIVATIONS)}.",
-        )
-    return ACTIVATIONS[activation]
-
-
-def activation_name(activation: Any) -> str | None:
-    """The registry name of a callable that computes the same function, or None.
-
-    Example:
-        >>> activation_name(nn.GELU("tanh")), activation_name(nn.CELU(2.0))
-        ('gelu_tanh', None)
-    """
-    grid = torch.cat([torch.linspace(-7, 7, 113), torch.tensor([-30.0, 30.0])]).double()
-    try:
-        wanted = activation(grid)
-    except Exception:  # a foreign callable may raise anything
-        return None
-    for name, known in ACTIVATIONS.items():
-        if torch.allclose(wanted, known(grid), rtol=1e-7, atol=1e-9):
-            return name
-    return None
-
-
-def is_elementwise(activation: Any, dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Whether a callable maps each number by itself, so that it commutes with any reordering."""
-    x = torch.linspace(-3, 3, 24, dtype=dtype, device=device)
-    order = torch.arange(23, -1, -1, device=device)
-    try:
-        y, shuffled = activation(x.reshape(1, 4, 6)), activation(x[order].reshape(1, 2, 12))
-    except Exception:  # a foreign callable may raise anything
-        return False
-    if not isinstance(y, Tensor) or y.shape != (1, 4, 6) or y.dtype != dtype:
-        return False
-    return bool(torch.allclose(y.reshape(-1)[order], shuffled.reshape(-1), rtol=1e-4, atol=1e-6))
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a dense matrix: `nn.Linear`, or a `Conv1D` as in GPT-2 (`[in, out]`)."""
-    if isinstance(module, nn.Linear):
-        return True
-    weight, width = getattr(module, "weight", None), getattr(module, "nf", None)
-    return (
-        isinstance(width, int)
-        and isinstance(weight, Tensor)
-        and weight.dim() == 2
-        and weight.shape[1] == width
-        and not module._modules
-    )
-
-
-def linear_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight in ``[out, in]`` order and bias of a module that `is_linear` accepts, as views."""
-    weight, bias = module.weight.detach(), module.bias  # type: ignore[operator,union-attr]
-    if not isinstance(module, nn.Linear):
-        weight = weight.t()
-    return weight, None if bias is None else bias.detach()  # type: ignore[operator,union-attr]
-
-
-def unreadable(tensors: dict[str, Tensor]) -> str | None:
-    """Why weights cannot be taken over, as "invariant: got value. way out", or None.
-
-    Args:
-        tensors: Weights by a name for the message.
-    """
-    for name, tensor in tensors.items():
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
-            return f"{name} is not initialised. Run one forward pass of the lazy layer first."
-        if hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
-            return (
-                f"{name} is a DTensor. Swap before sharding: call swap_feed_forward in "
-                "configure_model, before fully_shard."
-            )
-        if tensor.is_meta:
-            return f"{name} is on the meta device. Materialise the weights, then swap."
-        if not tensor.is_floating_point():
-            return f"{name} is stored as {tensor.dtype}. Swap the unquantised model."
-        if bad := tensor.numel() - int(torch.isfinite(tensor).sum()):
-            return f"{name} holds {bad} NaN or infinite of {tensor.numel()} numbers. Repair it."
-    if len(devices := {str(t.device) for t in tensors.values()}) > 1:
-        return f"the block spreads over {sorted(devices)}. Put it on one device."
-    return None
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:

@@ -178,9 +178,8 @@ def _warn_of(c: Candidate, error: float, fit_steps: int) -> None:
 
 def block_bytes(c: Candidate) -> tuple[int, int]:
     """Numbers and bytes of a candidate's original weights, each tensor once."""
-    held = {id(p): p for leaf in c.leaves for p in leaf.parameters()}
-    if not held and c.block is not None:
-        held = {id(t): t for t in c.block.tensors().values()}
-    return sum(p.numel() for p in held.values()), sum(
-        p.numel() * p.element_size() for p in held.values()
-    )
+    tensors: list[Tensor] = [p for leaf in c.leaves for p in leaf.parameters()]
+    if not tensors and c.block is not None:
+        tensors = list(c.block.tensors().values())
+    held = {id(t): t for t in tensors}.values()
+    return sum(t.numel() for t in held), sum(t.numel() * t.element_size() for t in held)

@@ -11,20 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bfmoe.layers.activation import ACTIVATIONS
+from lightning_bfmoe.swap.activations import Activation, own_activations
 from lightning_bfmoe.swap.blocks import (
-    Activation,
     FeedForward,
-    is_linear,
-    relative_error,
-    tolerance,
-    unreadable,
-)
-from lightning_bfmoe.swap.candidate import Candidate
-from lightning_bfmoe.swap.probe import (
-    Matrices,
     NotFeedForwardError,
     UnreadableError,
-    own_activations,
+    relative_error,
+    tolerance,
+)
+from lightning_bfmoe.swap.candidate import Candidate
+from lightning_bfmoe.swap.linears import is_linear, unreadable
+from lightning_bfmoe.swap.probe import (
+    Matrices,
     probe_block,
     probe_input,
     read_shapes,
@@ -100,8 +98,8 @@ def _read_stacks(module: nn.Module, stacks: dict[str, nn.Parameter]) -> list[Fee
                     continue
                 for act, at in [*own, *known]:
                     experts = [replace(r, activation=act, activation_at=at) for r in readings]
-                    error = relative_error(mix_experts(experts, x, chosen, weights), wanted)
-                    if error <= tolerance(x.dtype):
+                    off = relative_error(mix_experts(experts, x, chosen, weights), wanted)
+                    if off <= tolerance(x.dtype):
                         return experts
             reason = "no activation and gating that is known reproduces its output"
     raise NotFeedForwardError(reason)
@@ -131,7 +129,7 @@ def mean_expert(experts: list[FeedForward]) -> FeedForward:
     for expert in experts:
         for role, t in expert.tensors().items():
             total[role] += t.to(total[role].dtype) / len(experts)
-    return replace(experts[0], **total)
+    return replace(experts[0], **total)  # type: ignore[arg-type]
 
 
 def by_expert_list(parent: nn.Module, name: str, experts: nn.ModuleList) -> Candidate | None:

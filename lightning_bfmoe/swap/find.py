@@ -8,9 +8,9 @@ from torch import nn
 from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE
 from lightning_bfmoe.layers.surgery import Scalar, replacement
 from lightning_bfmoe.swap.adapters import all_adapters
-from lightning_bfmoe.swap.blocks import is_linear, linear_weight
 from lightning_bfmoe.swap.candidate import Candidate, join
 from lightning_bfmoe.swap.experts import by_expert_list, by_stacked_experts
+from lightning_bfmoe.swap.linears import is_linear, linear_weight
 from lightning_bfmoe.swap.probe import read_shapes
 from lightning_bfmoe.swap.quiet import keep_rng
 from lightning_bfmoe.swap.recognise import by_adapter, by_runs, by_structure, refuse_bare

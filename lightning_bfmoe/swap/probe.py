@@ -8,7 +8,7 @@ known, not guessed; what does not is refused with the reason.
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,29 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bfmoe.layers.activation import ACTIVATIONS
+from lightning_bfmoe.swap.activations import Activation, own_activations
 from lightning_bfmoe.swap.blocks import (
-    Activation,
     FeedForward,
-    activation_name,
-    is_elementwise,
-    is_linear,
-    linear_weight,
+    NotFeedForwardError,
+    UnreadableError,
     relative_error,
     tolerance,
-    unreadable,
 )
-from lightning_bfmoe.swap.quiet import DropoutRecorder, quiet
+from lightning_bfmoe.swap.dropout import find_dropout
+from lightning_bfmoe.swap.linears import is_linear, linear_weight, unreadable
+from lightning_bfmoe.swap.quiet import quiet
 
 _SHAPES = ((2, 5), (7,))  # leading axes of the probe inputs that are tried, in this order
 _AMPLITUDE = 1.5  # RMS of the pre-activations: large enough to tell gelu from its tanh form
-
-
-class NotFeedForwardError(Exception):
-    """A block is not the formula; the text is the reason, for the user."""
-
-
-class UnreadableError(Exception):
-    """A block may be the formula, but its weights cannot be read; the text says why."""
 
 
 def probe_block(block: nn.Module, seed: int = 0) -> FeedForward:
@@ -72,7 +63,7 @@ def probe_block(block: nn.Module, seed: int = 0) -> FeedForward:
     return _find(block, leaves, seed)
 
 
-def _has_numbers(tensors: dict[str, Tensor]) -> bool:
+def _has_numbers(tensors: Mapping[str, Tensor]) -> bool:
     lazy = nn.parameter.UninitializedParameter
     return all(not isinstance(t, lazy) and t.is_floating_point() for t in tensors.values())
 
@@ -108,7 +99,7 @@ def read_shapes(matrices: Matrices) -> Iterator[FeedForward]:
         (up, up_bias), *middle, (down, down_bias) = [matrices[name] for name in names]
         if min(up.shape[1], *down.shape) < 2:
             continue
-        end = {"down": down, "down_bias": down_bias}
+        end: dict[str, Any] = {"down": down, "down_bias": down_bias}
         chains = down.shape[1] == up.shape[0]
         if middle and chains and middle[0][0].shape == up.shape:
             gate, gate_bias = middle[0]
@@ -122,45 +113,6 @@ def read_shapes(matrices: Matrices) -> Iterator[FeedForward]:
                 yield FeedForward(
                     up=halves[u], gate=halves[g], up_bias=biases[u], gate_bias=biases[g], **end
                 )
-
-
-def own_activations(block: nn.Module) -> dict[str, Activation]:
-    """Activations that the block itself carries, as modules or as callable attributes.
-
-    Returns:
-        By dotted path: the registry name of a known function, or the callable itself.
-    """
-    found: dict[str, Activation] = {}
-    weight = next((p for p in block.parameters() if p.is_floating_point()), torch.zeros(()))
-    for path, module in block.named_modules():
-        prefix = f"{path}." if path else ""
-        things: dict[str, Any] = {path: module} if path else {}
-        things |= {
-            prefix + key: value
-            for key, value in vars(module).items()
-            if callable(value)
-            and not key.startswith("_")
-            and not isinstance(value, type | nn.Module)
-        }
-        for where, thing in things.items():
-            if any(where.startswith(f"{outer}.") for outer in found):
-                continue  # a part of an activation
-            if (known := classify_activation(thing, weight)) is not None:
-                found[where] = known
-    return found
-
-
-def classify_activation(thing: Any, weight: Tensor) -> Activation | None:
-    """The registry name of an elementwise callable, itself when unnamed, None for anything else."""
-    if isinstance(thing, nn.Module) and (
-        isinstance(thing, nn.Dropout | nn.Identity | nn.ModuleList | nn.ModuleDict)
-        or any(is_linear(part) for part in thing.modules())
-    ):
-        return None
-    with quiet(thing if isinstance(thing, nn.Module) else nn.Identity()):
-        if not is_elementwise(thing, weight.dtype, weight.device):
-            return None
-        return activation_name(thing) or thing
 
 
 def _find_formula(
@@ -269,34 +221,6 @@ def run_on_probe(
         return x, y.detach()
     text = str(problem).strip().split("\n")[0][:160]
     raise NotFeedForwardError(f"calling it with one tensor raises {type(problem).__name__}: {text}")
-
-
-def find_dropout(block: nn.Module, parts: FeedForward, x: Tensor, wanted: Tensor) -> FeedForward:
-    """Runs the block in training mode with recorded dropouts, and finds where each one stands.
-
-    Raises:
-        NotFeedForwardError: A dropout stands elsewhere, or training changes something else too.
-    """
-    with quiet(block, training=True), DropoutRecorder() as dropouts:
-        try:
-            y = block.forward(x.clone())
-        except Exception as error:  # a foreign forward may raise anything
-            raise NotFeedForwardError(f"in training mode it raises {error!r}") from error
-    limit = tolerance(wanted.dtype)
-    if not isinstance(y, Tensor) or relative_error(y, wanted) > limit:
-        raise NotFeedForwardError("in training mode it changes by more than its dropout")
-    with quiet(block):
-        hidden = parts.hidden(x)
-    keep = {"dropout": 1.0, "output_dropout": 1.0}
-    for p, tensor in dropouts.seen:
-        places = [("dropout", hidden), ("output_dropout", wanted)]
-        place = next((name for name, at in places if relative_error(tensor, at) <= limit), None)
-        if place is None:
-            raise NotFeedForwardError(
-                f"its dropout (p={p}) is neither on the hidden units nor on the output"
-            )
-        keep[place] *= 1 - p
-    return replace(parts, **{name: round(1 - kept, 10) for name, kept in keep.items()})
 
 
 def describe_shapes(matrices: Matrices) -> str:

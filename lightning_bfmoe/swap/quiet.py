@@ -58,7 +58,7 @@ def quiet(module: nn.Module, training: bool = False) -> Iterator[None]:
     """
     parts = list(module.modules())
     saved = [
-        (part, dict(part.__dict__), *(dict(part.__dict__[name]) for name in _STORES))
+        (part, dict(part.__dict__), [dict(part.__dict__[name]) for name in _STORES])
         for part in parts
     ]
     buffers = [b for b in module.buffers() if type(b) is Tensor and not b.is_meta]
@@ -71,7 +71,7 @@ def quiet(module: nn.Module, training: bool = False) -> Iterator[None]:
         with keep_rng(), torch.no_grad(), _no_autocast():
             yield
     finally:
-        for part, attributes, *stores in saved:
+        for part, attributes, stores in saved:
             part.__dict__.clear()
             part.__dict__.update(attributes)
             for name, store in zip(_STORES, stores, strict=True):

@@ -6,23 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bfmoe.errors import BFMoEError
+from lightning_bfmoe.swap.activations import Activation, classify_activation
 from lightning_bfmoe.swap.adapters import Adapter
 from lightning_bfmoe.swap.blocks import (
     FeedForward,
-    is_linear,
-    linear_weight,
-    relative_error,
-    tolerance,
-    unreadable,
-)
-from lightning_bfmoe.swap.candidate import Candidate
-from lightning_bfmoe.swap.probe import (
     NotFeedForwardError,
     UnreadableError,
-    classify_activation,
-    probe_block,
-    run_on_probe,
+    relative_error,
+    tolerance,
 )
+from lightning_bfmoe.swap.candidate import Candidate
+from lightning_bfmoe.swap.linears import is_linear, linear_weight, unreadable
+from lightning_bfmoe.swap.probe import probe_block, run_on_probe
 
 
 def by_adapter(module: nn.Module, adapter: Adapter) -> Candidate:
@@ -103,15 +98,17 @@ def _read_run(module: nn.Module, run: list[tuple[str, nn.Module]]) -> Candidate:
         return found.refuse(
             f"its shapes do not chain: {list(w_up.shape)} then {list(w_down.shape)}"
         )
-    kept, acts = 1.0, []
+    kept = 1.0
+    acts: list[tuple[str, nn.Module]] = []
     for name, child in middle:
         if isinstance(child, nn.Dropout):
-            if not acts:
+            if not acts and child.p > 0:
                 return found.refuse("a dropout stands before its activation")
             kept *= 1 - child.p
         elif not isinstance(child, nn.Identity):
             acts.append((name, child))
-    activation, at = "identity", None
+    activation: Activation = "identity"
+    at = None
     if acts:
         weight = w_up if not w_up.is_meta else torch.zeros(())
         known = classify_activation(acts[0][1], weight)
@@ -149,7 +146,7 @@ def refuse_bare(module: nn.Module) -> Candidate | None:
     if 2 <= len(shapes) <= 3 and len({tuple(sorted(s[-2:])) for s in shapes.values()}) == 1:
         held = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         return Candidate(module, "structure").refuse(
-            f"it holds bare weights ({held}) and no linear modules; describe it with register_adapter"
+            f"it holds bare weights ({held}) and no linear modules; use register_adapter"
         )
     convs = [c for c in module.children() if isinstance(c, nn.Conv1d | nn.Conv2d)]
     if len(convs) == 2 and all(set(c.kernel_size) == {1} and c.groups == 1 for c in convs):

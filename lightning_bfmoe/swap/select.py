@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_bfmoe.errors import SwapError
 from lightning_bfmoe.layers import moe_layers
-from lightning_bfmoe.swap.blocks import is_linear
 from lightning_bfmoe.swap.candidate import Candidate, describe_all
+from lightning_bfmoe.swap.linears import is_linear
 from lightning_bfmoe.swap.recognise import by_structure
 
 Patterns = str | Sequence[str] | None

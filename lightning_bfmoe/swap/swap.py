@@ -10,7 +10,7 @@ from lightning_bfmoe.errors import BFMoEError, SwapError
 from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE
 from lightning_bfmoe.layers.experts import experts_arguments
 from lightning_bfmoe.layers.surgery import Replaced, ReplacementPlan, apply_replacement
-from lightning_bfmoe.swap.blocks import activation_name
+from lightning_bfmoe.swap.activations import activation_name
 from lightning_bfmoe.swap.build import block_bytes, build_layer, measure, plan_settings
 from lightning_bfmoe.swap.candidate import Candidate
 from lightning_bfmoe.swap.find import find_feed_forward
