@@ -223,7 +223,7 @@ def _check_config(config: object) -> None:
         refuse("a layer's config is a dict", _keys(config))
     for name in ("d_model", "d_ff", "d_out", "num_experts", "stages"):
         value = config.get(name)
-        if name == "stages" and value is None:
+        if name == "stages" and name in config and value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
             refuse(f"a layer's {name} must be a count", f"{value!r:.80}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_bfmoe.deploy.checks import refuse
 from lightning_bfmoe.deploy.format import LayerRecord
 from lightning_bfmoe.deploy.slots import check_plain
-from lightning_bfmoe.errors import BFMoEError, PackedFileError
+from lightning_bfmoe.errors import PackedFileError
 from lightning_bfmoe.functional.butterfly import num_pairs, num_stages
 from lightning_bfmoe.functional.packing import packed_size
 from lightning_bfmoe.layers import (
@@ -180,14 +180,14 @@ def build_packed(
     Raises:
         PackedFileError: The settings make no layer, or the trits are no code.
     """
-    settings: dict[str, Any] = dict(record.config)
+    settings: dict[str, Any] = {**record.config, "device": "meta"}
     if activation is not None:
         settings["activation"] = activation
     try:
-        # On `meta` nothing is allocated and no random number is drawn.
+        # On `meta` nothing is allocated and no random number is drawn, in the constructors too.
         with torch.device("meta"):
             layer = KINDS[record.kind](**settings)
-    except (BFMoEError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever a forged setting provokes
         raise PackedFileError(
             "a packed layer's settings must make a layer", got=f"{record.path}: {error}"
         ) from error

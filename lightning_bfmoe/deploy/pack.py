@@ -40,7 +40,7 @@ def pack(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     report = pack(model, Path(folder) / "model.bfmoe")
         >>> report.layers[0].parts["angles"]
-        7168
+        3584
 
     Args:
         model: Any module that holds at least one `ButterflyMoE` or `ButterflyExperts`.

@@ -1,0 +1,69 @@
+"""docs/format.md is enough to read a packed file: its numpy reader computes what torch computes."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_bfmoe.deploy import load_packed, pack
+from lightning_bfmoe.deploy.format import PARTS, Header, LayerRecord, read_packed
+from lightning_bfmoe.layers import ButterflyMoE
+
+DOC = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def reader():
+    (code,) = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
+    assert "torch" not in code
+    names = {}
+    exec(compile(code, "docs/format.md", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gated": True, "gains": True, "activation": "silu"},
+        {"bias": False, "granularity": "tensor", "stages": 2, "d_out": 5, "top_k": 3},
+    ],
+)
+@pytest.mark.parametrize(("d_model", "d_ff"), [(8, 32), (6, 10), (7, 9)])
+@pytest.mark.parametrize("bits", ["1.6", "2"])
+def test_the_numpy_reader_computes_the_same(settings, d_model, d_ff, bits, reader, file):
+    settings = {"activation": "relu", **settings}
+
+    def build():
+        return nn.Sequential(ButterflyMoE(d_model, d_ff, 4, **settings))
+
+    pack(build(), file, bits=bits)
+    tensors, header = reader["read"](file)
+    loaded = load_packed(file, build())
+    assert set(tensors) == {n for n, t in loaded.state_dict().items() if torch.is_tensor(t)}
+    act = {
+        "relu": lambda v: np.maximum(v, 0),
+        "silu": lambda v: v / (1 + np.exp(-v)),
+    }[settings["activation"]]
+    for x in torch.randn(3, d_model):
+        with torch.no_grad():
+            expected = loaded(x).numpy()
+        found = reader["layer"](tensors, header["layers"][0], x.numpy(), act)
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_page_names_every_field(file):
+    pack(nn.Sequential(ButterflyMoE(6, 8, 2)), file)
+    header = read_packed(file).header
+    fields = [
+        *vars(header),
+        *vars(header.layers[0]),
+        *PARTS,
+        *vars(header.tensors["0.router.weight"]),
+    ]
+    assert {Header, LayerRecord} == {type(header), type(header.layers[0])}
+    missing = [name for name in fields if f"`{name}`" not in DOC and f'"{name}"' not in DOC]
+    assert missing == []
