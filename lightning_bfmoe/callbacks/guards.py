@@ -1,0 +1,115 @@
+"""Checks of what the Trainer brings: order of callbacks, sharded parameters, early optimizers."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_bfmoe.errors import SwapError
+
+# Callbacks that copy or collect modules in their own `setup`, so the swap must come first.
+_AFTER_US = ("WeightAveraging", "StochasticWeightAveraging", "ModelPruning")
+
+
+def check_order(trainer: pl.Trainer, ours: pl.Callback) -> None:
+    """Callbacks that copy the model or collect its modules in `setup` stand behind ours.
+
+    Raises:
+        SwapError: One stands before.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if callback is ours:
+            return
+        names = {cls.__name__ for cls in type(callback).__mro__}
+        if names & set(_AFTER_US):
+            theirs, our_name = type(callback).__name__, type(ours).__name__
+            raise SwapError(
+                f"{our_name} must stand before {theirs}, which takes the modules it finds in setup",
+                got=f"callbacks=[..., {theirs}, ..., {our_name}, ...]",
+                fix=f"Write callbacks=[{our_name}(...), {theirs}(...)].",
+            )
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Strategies that own optimizer and parameters themselves are refused.
+
+    Raises:
+        SwapError: DeepSpeed.
+    """
+    name = type(trainer.strategy).__name__
+    if "DeepSpeed" in name:
+        raise SwapError(
+            "parameter groups are split after the optimizer is built, which this strategy forbids",
+            got=f"strategy {name}",
+            fix="Use strategy='ddp', 'auto' or ModelParallelStrategy (FSDP2).",
+        )
+
+
+def check_not_sharded(module: nn.Module) -> None:
+    """A block that is swapped has whole parameters.
+
+    Raises:
+        SwapError: A parameter is a DTensor.
+    """
+    for name, parameter in module.named_parameters():
+        if any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__) or any(
+            cls.__name__ == "DTensor" for cls in type(parameter.data).__mro__
+        ):
+            raise SwapError(
+                "a model is swapped before its parameters are sharded",
+                got=f"the DTensor {name!r}",
+                fix="Call lightning_bfmoe.swap_feed_forward(self.model, ...) in configure_model "
+                "before fully_shard, or build the layers in __init__.",
+            )
+
+
+def check_optimizers(
+    module: nn.Module,
+    optimizers: Iterable[Optimizer],
+    ours: Iterable[nn.Module],
+    replaced: Mapping[str, Tensor],
+) -> None:
+    """The optimizers hold the new parameters and none that the swap took out.
+
+    Args:
+        module: The whole model.
+        optimizers: Its optimizers; nothing is checked when they hold no parameters at all.
+        ours: The swapped layers.
+        replaced: Parameters that the swap took out and somebody still holds, by their old names.
+
+    Raises:
+        SwapError: An optimizer holds replaced parameters, or misses trainable ones of ours.
+    """
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    if not held:
+        return
+    orphans = [name for name, p in replaced.items() if id(p) in held]
+    new = {id(p) for layer in ours for p in layer.parameters() if p.requires_grad}
+    missing = [n for n, p in module.named_parameters() if id(p) in new and id(p) not in held]
+    if orphans:
+        raise SwapError(
+            "an optimizer must be built after the swap, from the parameters the model has then",
+            got=f"an optimizer with {len(orphans)} parameters that are no longer in the model "
+            f"({_list(orphans)}) and without {len(missing)} new ones ({_list(missing)})",
+            fix="Build it in configure_optimizers from self.parameters(), not in __init__.",
+        )
+    if missing:
+        raise SwapError(
+            "every trainable parameter of a swapped layer must be in an optimizer",
+            got=f"{len(missing)} that are in none ({_list(missing)})",
+            fix="Collect self.parameters() in configure_optimizers; if these layers are not to be "
+            "trained, freeze them with requires_grad_(False) or leave them out with exclude=.",
+        )
+
+
+def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
+    """Copies of the model that averaging callbacks keep; lambda must be set there too."""
+    copies = [getattr(c, "_average_model", None) for c in trainer.callbacks]  # type: ignore[attr-defined]
+    return [copy for copy in copies if isinstance(copy, nn.Module)]
+
+
+def _list(names: list[Any], limit: int = 4) -> str:
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(str, names[:limit])) + more

@@ -1,0 +1,105 @@
+"""What happens to optimizers and losses: parameter groups, angle warm-up, loss scale, balance."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_bfmoe.layers import parameter_roles, routers
+from lightning_bfmoe.plan import GROUP_KEY, split_parameter_groups
+
+
+def split_groups(trainer: pl.Trainer, module: nn.Module, angle_lr_factor: float) -> int:
+    """Split the groups of all the Trainer's optimizers; returns the number of groups added."""
+    names = parameter_roles(module)
+    parameters = dict(module.named_parameters())
+    roles: dict[Tensor, str] = {p: names[n] for n, p in parameters.items() if n in names}
+    added = 0
+    for optimizer in trainer.strategy.optimizers:
+        configs = trainer.strategy.lr_scheduler_configs
+        theirs = [c.scheduler for c in configs if c.scheduler.optimizer is optimizer]
+        added += split_parameter_groups(optimizer, roles, angle_lr_factor, schedulers=theirs)
+    return added
+
+
+def scale_angle_steps(
+    optimizers: Iterable[Optimizer], factor: Callable[[], float]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Multiply the angles' learning rate during each optimizer step; schedulers never see it.
+
+    Args:
+        optimizers: Those whose groups `split_parameter_groups` has split.
+        factor: Read at each step.
+
+    Returns:
+        Handles; `remove()` them when the training ends.
+    """
+    handles = []
+    for optimizer in optimizers:
+        kept: list[tuple[dict[str, Any], Any]] = []
+
+        def before(optimizer: Optimizer, *_: Any, kept: list = kept) -> None:
+            for group in optimizer.param_groups:
+                if group.get(GROUP_KEY) == "angle":
+                    kept.append((group, group["lr"]))
+                    group["lr"] = group["lr"] * factor()
+
+        def after(optimizer: Optimizer, *_: Any, kept: list = kept) -> None:
+            for group, rate in kept:
+                group["lr"] = rate
+            kept.clear()
+
+        handles += [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+        ]
+    return handles
+
+
+def root_loss_scale(trainer: pl.Trainer) -> float:
+    """By what the user's loss is multiplied before its backward pass.
+
+    Automatic optimisation divides it by the accumulated batches (manual optimisation leaves that
+    to the user), and a GradScaler multiplies it.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+    automatic = trainer.lightning_module.automatic_optimization
+    return scale / trainer.accumulate_grad_batches if automatic else scale
+
+
+def has_own_losses(module: nn.Module) -> bool:
+    """Whether any router adds a loss of its own."""
+    return any(r.switch_weight > 0 or r.z_weight > 0 for _, r in routers(module))
+
+
+def pending_loads(module: nn.Module) -> list[Tensor]:
+    """Slots per expert since the last step, one tensor (experts,) per router that was used."""
+    return [router.pending_load for _, router in routers(module)]
+
+
+def synchronise_loads(trainer: pl.Trainer, module: nn.Module) -> None:
+    """Sum the loads over all processes in one call, so that every rank moves its bias alike."""
+    loads = pending_loads(module)
+    if trainer.world_size == 1 or not loads:
+        return
+    total = trainer.strategy.reduce(torch.cat(loads), reduce_op="sum")
+    for load, part in zip(loads, total.split([len(load) for load in loads]), strict=True):
+        load.copy_(part)
+
+
+def load_imbalance(loads: list[Tensor]) -> Tensor | None:
+    """Load of the fullest expert over the mean, averaged over layers; 1 is perfect."""
+    ratios = [load.max() / load.float().mean().clamp(min=1e-9) for load in loads]
+    return torch.stack(ratios).mean() if ratios else None
+
+
+def somebody_reads(trainer: pl.Trainer, name: str) -> bool:
+    """Whether a logged value gets anywhere: to a logger, or to a callback that monitors it."""
+    if trainer.barebones:
+        return False
+    monitors = (getattr(c, "monitor", None) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    return bool(trainer.loggers) or name in monitors
