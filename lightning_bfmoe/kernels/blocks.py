@@ -109,7 +109,7 @@ def rotate_blocks(x: Tensor, angles: Tensor, groups: ExpertGroups, inverse: bool
     factors = factor_stages(d, stages)
     regular = sum(count for _, count in factors)
     if inverse:
-        x = _irregular_stages(x, angles, groups, regular, inverse)
+        x = irregular_stages(x, angles, groups, regular, inverse)
     if factors:
         tiles = tile_rows(groups, rows)
         tiled = x.new_zeros(tiles.expert.numel() * tiles.height, d).index_copy(0, tiles.slot, x)
@@ -119,7 +119,7 @@ def rotate_blocks(x: Tensor, angles: Tensor, groups: ExpertGroups, inverse: bool
             tiled = _apply_factor(tiled, blocks, inverse)
         x = tiled.reshape(-1, d).index_select(0, tiles.slot)
     if not inverse:
-        x = _irregular_stages(x, angles, groups, regular, inverse)
+        x = irregular_stages(x, angles, groups, regular, inverse)
     return x
 
 
@@ -131,7 +131,7 @@ def _apply_factor(tiled: Tensor, blocks: Tensor, inverse: bool) -> Tensor:
     return torch.einsum(equation, view, blocks).reshape(tiles, height, d)
 
 
-def _irregular_stages(
+def irregular_stages(
     x: Tensor, angles: Tensor, groups: ExpertGroups, start: int, inverse: bool
 ) -> Tensor:
     stages = angles.shape[1]
