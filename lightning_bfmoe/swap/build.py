@@ -19,7 +19,7 @@ from lightning_bfmoe.swap.blocks import relative_error
 from lightning_bfmoe.swap.candidate import Candidate
 from lightning_bfmoe.swap.expert_list import ExpertList
 from lightning_bfmoe.swap.experts import mix_experts, routing_on_probe
-from lightning_bfmoe.swap.fit import fit_experts, weight_error
+from lightning_bfmoe.swap.fit import expert_spread, fit_experts, weight_error
 from lightning_bfmoe.swap.probe import probe_input, run_on_probe
 from lightning_bfmoe.swap.quiet import quiet
 
@@ -29,6 +29,9 @@ KINDS: dict[str, type[Layer]] = {
     "ButterflyExperts": ButterflyExperts,
     "ExpertList": ExpertList,
 }
+
+
+_SAME = 1e-3  # experts that differ by less than this (relative) are copies of one another
 
 
 class OutputDropout:
@@ -84,7 +87,8 @@ def build_layer(
             if fit_steps:
                 fit_experts(layer, c.experts, fit_steps)
             error = weight_error(layer, c.experts)
-            _warn_of(c, error, fit_steps)
+            if expert_spread(c.experts) > _SAME:
+                _warn_of(c, error, fit_steps)
     finish_layer(layer, c.leaves, block.output_dropout)
     c.placement["layer"] = {"family": c.family, "output_dropout": block.output_dropout}
     if layer.settings["activation"] == CUSTOM:
@@ -166,14 +170,13 @@ def measure(c: Candidate, layer: Layer) -> float | None:
 
 
 def _warn_of(c: Candidate, error: float, fit_steps: int) -> None:
-    if error > 1e-3:
-        warnings.warn(
-            f"{c.path}: {len(c.experts)} independent experts do not fit an orbit of one matrix "
-            f"well: the relative error of their weights is {error:.0%} after "
-            f"{f'{fit_steps} fitting steps' if fit_steps else 'taking their mean'}. "
-            "Train the model further, or leave this block with exclude=.",
-            stacklevel=2,
-        )
+    start = f"{fit_steps} fitting steps" if fit_steps else "taking their mean"
+    warnings.warn(
+        f"{c.path}: {len(c.experts)} independent experts do not fit an orbit of one matrix well: "
+        f"the relative error of their weights is {error:.0%} after {start}. "
+        "Train the model further, or leave this block alone with exclude=.",
+        stacklevel=4,  # the caller of swap_feed_forward
+    )
 
 
 def block_bytes(c: Candidate) -> tuple[int, int]:

@@ -21,6 +21,8 @@ class OneExpert:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Tokens (..., d_model) to (..., d_out), all through this expert."""
+        if x.numel() == 0:  # a loop may call an expert that no token visits
+            return x.new_zeros(*x.shape[:-1], self.experts.d_out)
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, d_model)
         chosen = torch.full((tokens.shape[0], 1), self.index, dtype=torch.int64, device=x.device)
         y = self.experts(tokens, chosen, torch.ones(chosen.shape, dtype=x.dtype, device=x.device))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_bfmoe.layers import ButterflyExperts
 from lightning_bfmoe.swap.blocks import FeedForward
+from lightning_bfmoe.swap.experts import mean_expert
 
 _RATE = 0.02
 
@@ -32,6 +33,18 @@ def weight_error(layer: ButterflyExperts, experts: list[FeedForward]) -> float:
     with torch.no_grad(), _latent(layer):
         misses, total = _misses(layer, experts)
     return float((misses / total).sqrt())
+
+
+def expert_spread(experts: list[FeedForward]) -> float:
+    """How far experts are from their mean: what `weight_error` is when all angles are equal."""
+    mean, misses, total = mean_expert(experts).tensors(), 0.0, 0.0
+    for expert in experts:
+        for role in ("up", "gate", "down"):
+            if role in mean:
+                weight = expert.tensors()[role].float()
+                misses += float((weight - mean[role]).square().sum())
+                total += float(weight.square().sum())
+    return (misses / max(total, 1e-30)) ** 0.5
 
 
 def fit_experts(layer: ButterflyExperts, experts: list[FeedForward], steps: int) -> list[float]:
@@ -62,7 +75,7 @@ def fit_experts(layer: ButterflyExperts, experts: list[FeedForward], steps: int)
                 p.grad = grad
             optimizer.step()
             decay.step()
-            history.append(float(loss))
+            history.append(float(loss.detach()))
     for p in trained:
         p.grad = None
     return history

@@ -70,7 +70,13 @@ def test_gradients_reach_every_new_parameter(name):
 
 def test_the_originals_are_not_in_the_model(name):
     model, ids = make(name)
-    originals = {id(p) for c in find_feed_forward(model) if c.status == "ready" for m in c.leaves for p in m.parameters()}
+    originals = {
+        id(p)
+        for c in find_feed_forward(model)
+        if c.status == "ready"
+        for m in c.leaves
+        for p in m.parameters()
+    }
     swap_feed_forward(model)
     assert not originals & {id(p) for p in model.parameters()}
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

@@ -104,7 +104,9 @@ class EinsumBlock(nn.Module):
         self.shrink = nn.Parameter(torch.randn(40, d) / 6)
 
     def forward(self, x):
-        return torch.einsum("...f,fd->...d", torch.einsum("...d,df->...f", x, self.expand).relu(), self.shrink)
+        return torch.einsum(
+            "...f,fd->...d", torch.einsum("...d,df->...f", x, self.expand).relu(), self.shrink
+        )
 
 
 class Expert(nn.Module):
@@ -141,7 +143,10 @@ class TorchStack(nn.Module):
         super().__init__()
         layer = {"d_model": 16, "nhead": 2, "dim_feedforward": 40, **kwargs}
         self.embed = nn.Embedding(64, 16)
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer), 2)
+        nested = layer.get("batch_first", False) and not layer.get("norm_first", False)
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(**layer), 2, enable_nested_tensor=nested
+        )
         self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**layer), 1)
 
     def forward(self, ids):
@@ -157,7 +162,13 @@ def _hf(name, **changes):
 
 def gpt2():
     config = transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     return transformers.GPT2LMHeadModel(config)
 
@@ -167,10 +178,19 @@ def mixtral(**changes):
 
 
 def bart():
-    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 48), ("attention_heads", 2))}  # noqa: E501
+    sizes = {
+        f"{side}_{name}": n
+        for side in ("encoder", "decoder")
+        for name, n in (("layers", 1), ("ffn_dim", 48), ("attention_heads", 2))
+    }  # noqa: E501
     tokens = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
     config = transformers.BartConfig(
-        vocab_size=64, d_model=32, max_position_embeddings=32, activation_dropout=0.1, **sizes, **tokens
+        vocab_size=64,
+        d_model=32,
+        max_position_embeddings=32,
+        activation_dropout=0.1,
+        **sizes,
+        **tokens,
     )
     return transformers.BartModel(config)
 
@@ -181,7 +201,15 @@ ZOO = {
     "llama": (lambda: _hf("Llama"), "structure", 2, True, "silu", 0.0, 0.0),
     "bert": (lambda: _hf("Bert"), "split-bert", 2, False, "gelu", 0.0, 0.0),
     "bart": (bart, "fc-pair", 2, False, "gelu", 0.1, 0.0),
-    "encoder": (lambda: TorchStack(batch_first=True), "torch-transformer", 3, False, "relu", 0.1, 0.0),
+    "encoder": (
+        lambda: TorchStack(batch_first=True),
+        "torch-transformer",
+        3,
+        False,
+        "relu",
+        0.1,
+        0.0,
+    ),
     "encoder-gelu": (
         lambda: TorchStack(norm_first=True, activation="gelu", dropout=0.0),
         "torch-transformer",
@@ -192,7 +220,11 @@ ZOO = {
         0.0,
     ),
     "sequential": (
-        lambda: Plain(nn.Sequential(nn.Linear(16, 40), nn.ReLU(), nn.Dropout(0.3), nn.Linear(40, 16), nn.Dropout(0.2))),
+        lambda: Plain(
+            nn.Sequential(
+                nn.Linear(16, 40), nn.ReLU(), nn.Dropout(0.3), nn.Linear(40, 16), nn.Dropout(0.2)
+            )
+        ),
         "structure",
         1,
         False,
@@ -201,7 +233,11 @@ ZOO = {
         0.2,
     ),
     "run": (
-        lambda: Plain(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 40), nn.SiLU(), nn.Linear(40, 16), nn.Dropout(0.2))),
+        lambda: Plain(
+            nn.Sequential(
+                nn.LayerNorm(16), nn.Linear(16, 40), nn.SiLU(), nn.Linear(40, 16), nn.Dropout(0.2)
+            )
+        ),
         "sequential",
         1,
         False,
@@ -233,8 +269,11 @@ def run(model, ids):
 
 def state(model):
     """A copy of a model's state_dict."""
-    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in model.state_dict().items()}
+    return {
+        k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in model.state_dict().items()
+    }
 
 
 def relative(got, wanted):
+    got, wanted = got.detach(), wanted.detach()
     return float((got - wanted).norm() / wanted.norm())
