@@ -122,9 +122,7 @@ class PackedSummary:
             texts = [human_bytes(count) if count else "" for count in columns]
             table.add_row(escape(layer.record.path or "(root)"), *texts, f"{layer.bytes:,}")
         rest = ["", "", "", ""]
-        table.add_row(
-            "rest of the model", *rest, human_bytes(self.other_bytes), f"{self.other_bytes:,}"
-        )
+        table.add_row("rest", *rest, human_bytes(self.other_bytes), f"{self.other_bytes:,}")
         table.add_row("header", *rest, human_bytes(self.header_bytes), f"{self.header_bytes:,}")
         return table
 

@@ -98,10 +98,7 @@ def _write_atomically(path: Path, write: Write, overwrite: bool) -> None:
         if not _write_unnamed(temporary, write):
             with open(temporary, "xb") as file:
                 _fill(file, write)
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            os.link(temporary, path)  # fails when the file has come into being meanwhile
+        _publish(temporary, path, overwrite)
     finally:
         temporary.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):
@@ -110,6 +107,19 @@ def _write_atomically(path: Path, write: Write, overwrite: bool) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
+    if not overwrite:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:  # it has come into being meanwhile
+            raise
+        except OSError:  # a file system without hard links
+            check_target(path, overwrite)
+        else:
+            return
+    os.replace(temporary, path)
 
 
 def _write_unnamed(target: Path, write: Write) -> bool:

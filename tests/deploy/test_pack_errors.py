@@ -172,6 +172,32 @@ def test_both_ways_of_writing_give_the_same_file(file, tmp_path, monkeypatch):
     assert folder_of(file) == ["model.bfmoe", "named.bfmoe"]
 
 
+def test_a_file_that_appears_meanwhile_is_not_overwritten(file, monkeypatch):
+    from lightning_bfmoe.deploy import writer
+
+    original = writer.tensor_bytes
+
+    def slow(tensor):
+        file.write_text("precious")
+        return original(tensor)
+
+    monkeypatch.setattr(writer, "tensor_bytes", slow)
+    with pytest.raises(PackedFileError, match="overwrite=True"):
+        pack(small(), file)
+    assert file.read_text() == "precious"
+    assert folder_of(file) == [file.name]
+
+
+def test_a_file_system_without_hard_links_will_do(file, monkeypatch):
+    def no_links(*args, **kwargs):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    pack(small(), file)
+    load_packed(file, small())
+    assert folder_of(file) == [file.name]
+
+
 @pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="a file without a name needs Linux")
 def test_a_killed_process_leaves_no_file(file):
     code = f"""

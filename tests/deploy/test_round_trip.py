@@ -296,3 +296,17 @@ def test_an_activation_with_parameters_needs_a_swapped_model(file):
     x = torch.randn(3, 6)
     with torch.no_grad():
         assert torch.equal(load_packed(file, build(0.2))(x), loaded(x))
+
+
+@pytest.mark.gpu
+def test_a_model_packed_on_a_gpu_loads_there_and_on_the_cpu(dense, swapped, ids, file, tmp_path):
+    model = swapped(gains=True)
+    pack(model, file)
+    pack(model.to("cuda"), tmp_path / "gpu.bfmoe")
+    assert (tmp_path / "gpu.bfmoe").read_bytes() == file.read_bytes()
+    loaded = load_packed(file, dense(), device="cuda")
+    assert {tensor.device.type for tensor in tensors_of(loaded).values()} == {"cuda"}
+    there = load_packed(file, dense().to("cuda"))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids.cuda()), there(ids.cuda()))
+        torch.testing.assert_close(loaded(ids.cuda()).cpu(), load_packed(file, dense())(ids))
