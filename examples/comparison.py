@@ -59,10 +59,16 @@ class Comparison:
 
     def continued(self, name: str) -> Record:
         """One of the five, by its name in `NAMES`."""
-        title, work = self._kinds()[name]
-        experts = {} if "dense" in name else {"experts": self.config.to_dict()}
-        depends = {"steps": self.settings.steps, **experts}
-        return self._stage(name.replace(" ", "-").lower(), title, work, **depends)
+        return self._stage(name, *self._kinds()[name])
+
+    def depends(self, name: str) -> dict[str, Any]:
+        """What the result of a stage depends on, beside the source code."""
+        depends = {"corpus": self.data.text.sha256, **self.settings.of_base()}
+        if name != "base":
+            depends["steps"] = self.settings.steps
+        if "MoE" in name:
+            depends["experts"] = self.config.to_dict()
+        return depends
 
     def _kinds(self) -> dict[str, tuple[str, Callable[[Path], Record]]]:
         experts, top_k = self.settings.num_experts, self.settings.top_k
@@ -88,15 +94,13 @@ class Comparison:
             ),
         }
 
-    def _stage(
-        self, name: str, title: str, work: Callable[[Path], Record], **depends: Any
-    ) -> Record:
-        depends = {"corpus": self.data.text.sha256, **self.settings.of_base(), **depends}
-        if self.stages.finished(name, depends) is None:
+    def _stage(self, name: str, title: str, work: Callable[[Path], Record]) -> Record:
+        folder, depends = name.replace(" ", "-").lower(), self.depends(name)
+        if self.stages.finished(folder, depends) is None:
             self.console.rule(title, align="left", characters="─")
         else:
             self.console.print(f"[dim]reusing  {title}[/dim]", highlight=False)
-        return self.stages.run(name, depends, work)
+        return self.stages.run(folder, depends, work)
 
     def _train_base(self, folder: Path) -> Record:
         L.seed_everything(self.settings.seed, verbose=False)
@@ -125,7 +129,7 @@ class Comparison:
 
     def _train_butterfly(self, folder: Path) -> Record:
         model = self._from_base()
-        swap = ButterflyMoECallback(self.config, plan=PLAN)
+        swap = ButterflyMoECallback(config=self.config, plan=PLAN)
         after_swap, history = self._validate(model, swap), History()
         self._fit(model, self.settings.steps, self.settings.seed + 1, swap, history)
         path = folder / "model.bfmoe"
