@@ -10,7 +10,7 @@ from lightning_bfmoe.errors import BFMoEError, SwapError
 from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE
 from lightning_bfmoe.layers.surgery import ReplacementPlan, check_form, find_slot, rebase
 from lightning_bfmoe.swap.build import KINDS, activation_from_model, finish_layer
-from lightning_bfmoe.swap.quiet import keep_rng
+from lightning_bfmoe.swap.quiet import keep_rng, plain_defaults
 from lightning_bfmoe.swap.report import PLAN_VERSION, SwappedBlock, SwapReport, layer_sizes
 from lightning_bfmoe.swap.swap import install, plan_entry
 
@@ -46,7 +46,7 @@ def apply_swap_plan(model: nn.Module, plan: Mapping[str, Any]) -> SwapReport:
     with keep_rng():
         for entry in _check_plan(plan):
             if not _stands_already(model, entry):
-                entries.append((entry, _rebuild(model, entry)))
+                entries.append((_placement(entry), _rebuild(model, entry)))
         receipts = install(model, entries)
     report = SwapReport(receipts=receipts, placements=[plan_entry(layer) for layer, _ in receipts])
     report.blocks = [_row(layer) for layer, _ in receipts]
@@ -126,6 +126,12 @@ def _stands_already(model: nn.Module, entry: ReplacementPlan) -> bool:
     return True
 
 
+def _placement(entry: ReplacementPlan) -> ReplacementPlan:
+    """The entry as the first swap left it on its layer: how it is built stands in the settings."""
+    layer = {k: v for k, v in entry["layer"].items() if k not in ("kind", "settings")}
+    return {**entry, "layer": layer}
+
+
 def _rebuild(model: nn.Module, entry: ReplacementPlan) -> ButterflyMoE | ButterflyExperts:
     layer = entry["layer"]
     originals = [getattr(*find_slot(model, slot)) for slot in (entry["path"], *entry["identities"])]
@@ -137,7 +143,8 @@ def _rebuild(model: nn.Module, entry: ReplacementPlan) -> ButterflyMoE | Butterf
     kind = KINDS[layer["kind"]]
     try:
         inspect.signature(kind).bind(**settings)
-        built = kind(**settings, device=parameters[0].device if parameters else None)
+        with plain_defaults():
+            built = kind(**settings, device=parameters[0].device if parameters else None)
     except (TypeError, BFMoEError) as error:
         raise SwapError(
             "the settings in a swap plan must be those of its layer",
