@@ -205,8 +205,8 @@ class ButterflyMoECallback(pl.Callback):
         known = self.clock.total
         if known and known != estimate and not self.replan:
             rank_zero_warn(
-                f"The checkpoint's plan is for {known} steps and this training would take "
-                f"{estimate}: going on with {known}. ButterflyMoECallback(replan=True) plans anew."
+                f"This training was planned for {known} steps and would now take {estimate}: going "
+                f"on with {known}. ButterflyMoECallback(replan=True) plans anew."
             )
             return
         self.plan.steps(estimate)  # an unknown length is refused here
