@@ -4,6 +4,7 @@ The regular stages (power-of-two strides, see `kernels.blocks.factor_stages`) ru
 irregular rest of a width that is no power of two runs stage by stage in plain PyTorch.
 """
 
+import functools
 import importlib.util
 from typing import NamedTuple
 
@@ -46,9 +47,24 @@ def row_tiles(counts: Tensor, rows: int, height: int) -> RowTiles:
     return RowTiles(expert.int(), row.int(), end.int())
 
 
+@functools.cache
 def has_triton() -> bool:
     """Whether the package triton is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+def suits_cuda(x: Tensor, angles: Tensor, groups: ExpertGroups) -> bool:
+    """CUDA rows that are not double, with triton, and no wish for determinism.
+
+    The angle gradients are summed by atomic additions, whose order varies.
+    """
+    return (
+        x.is_cuda
+        and torch.float64 not in (x.dtype, angles.dtype)
+        and not torch.are_deterministic_algorithms_enabled()
+        and 2 <= (x.shape[1] & -x.shape[1]) <= MAX_FUSED
+        and has_triton()
+    )
 
 
 def regular_part(d: int, stages: int) -> tuple[int, int]:

@@ -22,6 +22,8 @@ class Kernel:
     """Whether this kernel is the one to take for these arguments."""
     why: str
     """When `suits` says yes, in words."""
+    widens: bool = False
+    """Takes 16-bit rows as they are and widens inside; else the caller widens them first."""
 
 
 _TABLE: dict[str, list[Kernel]] = {}

@@ -7,6 +7,7 @@ from lightning_bfmoe.errors import ShapeError
 from lightning_bfmoe.functional.butterfly import apply_butterfly, check_angles
 from lightning_bfmoe.functional.routing import ExpertGroups
 from lightning_bfmoe.kernels.blocks import rotate_blocks
+from lightning_bfmoe.kernels.cuda import rotate_cuda, suits_cuda
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, register
 
 
@@ -44,7 +45,8 @@ def rotate(x: Tensor, angles: Tensor, groups: ExpertGroups, inverse: bool = Fals
     wide = torch.float64 if torch.float64 in (x.dtype, angles.dtype) else torch.float32
     with torch.autocast(x.device.type, enabled=False):
         kernel = choose("rotate", x, angles, groups)
-        return kernel.run(x.to(wide), angles.to(wide), groups, inverse).to(x.dtype)
+        rows = x if kernel.widens else x.to(wide)
+        return kernel.run(rows, angles.to(wide), groups, inverse).to(x.dtype)
 
 
 def rotate_reference(
@@ -64,5 +66,15 @@ register(
         rotate_blocks,
         lambda x, angles, groups: x.shape[0] > max(16, 2 * groups.num_experts),
         "batched matrix products of block factors; many rows",
+    )
+)
+register(
+    Kernel(
+        "rotate",
+        "triton",
+        rotate_cuda,
+        suits_cuda,
+        "fused stages in one launch; CUDA with triton, d up to 8192 (its power-of-two part)",
+        widens=True,
     )
 )
