@@ -38,7 +38,7 @@ def activation_name(activation: Any) -> str | None:
         >>> activation_name(nn.GELU("tanh")), activation_name(nn.CELU(2.0))
         ('gelu_tanh', None)
     """
-    grid = torch.cat([torch.linspace(-7, 7, 113), torch.tensor([-30.0, 30.0])]).double()
+    grid = torch.linspace(-8, 8, 129, dtype=torch.float64, device="cpu")
     try:
         wanted = activation(grid)
     except Exception:  # a foreign callable may raise anything
@@ -69,7 +69,10 @@ def own_activations(block: nn.Module) -> dict[str, Activation]:
         By dotted path: the registry name of a known function, or the callable itself.
     """
     found: dict[str, Activation] = {}
-    weight = next((p for p in block.parameters() if p.is_floating_point()), torch.zeros(()))
+    weight = next(
+        (p for p in block.parameters() if p.is_floating_point()),
+        torch.zeros((), dtype=torch.float32, device="cpu"),
+    )
     for path, module in block.named_modules():
         prefix = f"{path}." if path else ""
         things: dict[str, Any] = {path: module} if path else {}

@@ -21,7 +21,7 @@ from lightning_bfmoe.swap.expert_list import ExpertList
 from lightning_bfmoe.swap.experts import mix_experts, routing_on_probe
 from lightning_bfmoe.swap.fit import expert_spread, fit_experts, weight_error
 from lightning_bfmoe.swap.probe import probe_input, run_on_probe
-from lightning_bfmoe.swap.quiet import quiet
+from lightning_bfmoe.swap.quiet import plain_defaults, quiet
 
 Layer = ButterflyMoE | ButterflyExperts
 KINDS: dict[str, type[Layer]] = {
@@ -67,17 +67,18 @@ def build_layer(
     block = c.block
     assert block is not None and c.placement is not None
     kind, config = plan_settings(c, config)
-    layer = KINDS[kind].from_config(
-        config,
-        block.d_model,
-        block.d_ff,
-        d_out=block.d_out,
-        gated=block.gated,
-        bias=any(e.biases for e in c.experts or [block]),
-        dropout=block.dropout,
-        activation=copy.deepcopy(block.activation),
-        device=block.up.device,
-    )
+    with plain_defaults():
+        layer = KINDS[kind].from_config(
+            config,
+            block.d_model,
+            block.d_ff,
+            d_out=block.d_out,
+            gated=block.gated,
+            bias=any(e.biases for e in c.experts or [block]),
+            dropout=block.dropout,
+            activation=copy.deepcopy(block.activation),
+            device=block.up.device,
+        )
     if next(t for t in block.tensors().values()).dtype == torch.float64:
         layer.double()
     error = None

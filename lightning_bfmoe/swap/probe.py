@@ -174,7 +174,8 @@ def _random_weights(leaves: dict[str, nn.Module], seed: int) -> Iterator[None]:
     for leaf, parameters in saved:
         for name, p in parameters.items():
             if p is not None:
-                drawn = torch.randn(p.shape, generator=generator) / max(p.shape[-1], 2) ** 0.5
+                drawn = torch.randn(p.shape, generator=generator, device="cpu")
+                drawn = drawn / max(p.shape[-1], 2) ** 0.5
                 readable = not p.is_meta and type(p) is nn.Parameter
                 leaf._parameters[name] = nn.Parameter(
                     drawn.to(p.device if readable else "cpu", p.dtype)
@@ -189,7 +190,8 @@ def _random_weights(leaves: dict[str, nn.Module], seed: int) -> Iterator[None]:
 def probe_input(parts: FeedForward, shape: tuple[int, ...], seed: int) -> Tensor:
     """Gaussian rows, scaled so that the pre-activations have an RMS of 1.5; own generator."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(*shape, parts.d_model, generator=generator).to(parts.up.device, parts.up.dtype)
+    x = torch.randn(*shape, parts.d_model, generator=generator, device="cpu")
+    x = x.to(parts.up.device, parts.up.dtype)
     rms = (x @ (parts.up if parts.gate is None else parts.gate).t()).float().square().mean().sqrt()
     return x * float((_AMPLITUDE / rms).clamp(max=1e3))
 

@@ -95,6 +95,18 @@ def _no_autocast() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Builds tensors in float32 on the CPU unless told otherwise, whatever the caller has set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class DropoutRecorder(TorchFunctionMode):
     """Turns every dropout into the identity and writes down what it was applied to, and with p.
 

@@ -110,7 +110,7 @@ def _read_run(module: nn.Module, run: list[tuple[str, nn.Module]]) -> Candidate:
     activation: Activation = "identity"
     at = None
     if acts:
-        weight = w_up if not w_up.is_meta else torch.zeros(())
+        weight = torch.zeros((), device="cpu") if w_up.is_meta else w_up
         known = classify_activation(acts[0][1], weight)
         if known is None:
             return found.refuse(f"{type(acts[0][1]).__name__} is not an elementwise activation")

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_bfmoe.config import ButterflyMoEConfig
@@ -75,8 +74,7 @@ def swap_feed_forward(
         for c, block in zip(chosen, blocks, strict=True):
             try:
                 layer, block.expert_error = build_layer(c, config, fit_steps)
-                with torch.no_grad():
-                    block.relative_error = measure(c, layer)
+                block.relative_error = measure(c, layer)
             except BFMoEError as error:
                 raise SwapError(
                     "every chosen block must become a ButterflyMoE layer; nothing was changed",

@@ -10,7 +10,12 @@ from torch import nn
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import ConfigError, SwapError
 from lightning_bfmoe.layers import ButterflyMoE, moe_layers, set_blend
-from lightning_bfmoe.swap import find_feed_forward, restore, swap_feed_forward
+from lightning_bfmoe.swap import (
+    apply_swap_plan,
+    find_feed_forward,
+    restore,
+    swap_feed_forward,
+)
 from tests.swap.zoo import W123, Plain, TimmMlp, TorchStack, Weird, make, relative, run, state
 
 
@@ -243,6 +248,20 @@ def test_the_inference_fast_path_is_off_and_comes_back():
         assert model.encoder.use_nested_tensor is True
         assert [layer.activation_relu_or_gelu for layer in model.encoder.layers] == [1, 1]
         assert torch.equal(model.encoder(x, src_key_padding_mask=pad), fast)
+
+
+def test_default_device_and_dtype_of_the_caller_do_not_matter():
+    model = Two(mlp(), TimmMlp())
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            report = swap_feed_forward(model, gains=True)
+            fresh = Two(mlp(), TimmMlp())
+            apply_swap_plan(fresh.to_empty(device="cpu"), report.plan())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for swapped in (model, fresh):
+        assert {(p.device.type, p.dtype) for p in swapped.parameters()} == {("cpu", torch.float32)}
 
 
 @pytest.mark.parametrize(
