@@ -52,6 +52,9 @@ class ButterflyMoEConfig:
     """One ternary scale per output row, or one per matrix."""
     down: Literal["butterfly", "dense"] = "butterfly"
     """`dense`: one shared fp32 projection behind the experts, as in the paper's published code."""
+    activation_bits: int | None = None
+    """Width of the integers that the activations are rounded to, per row, before they enter a
+    ternary matrix (bits, 2 to 16; 8 is nearly free). It rises with lambda. None: no rounding."""
     activation: str | None = None
     """Name in `layers.activation`. None: the swapped block's own."""
     dropout: float | None = None
@@ -86,6 +89,15 @@ class ButterflyMoEConfig:
                     got=f"{name}={value!r}",
                     fix=f"Use {name}={low} or more.",
                 )
+        bits = self.activation_bits
+        if bits is not None and (
+            not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 16
+        ):
+            raise ConfigError(
+                "activation_bits must be None or an integer from 2 to 16",
+                got=f"activation_bits={bits!r}",
+                fix="Use activation_bits=8, or None for no quantisation.",
+            )
         if self.top_k > self.num_experts:
             raise ConfigError(
                 "top_k must be at most num_experts",

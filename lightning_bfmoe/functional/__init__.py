@@ -1,5 +1,6 @@
 """Floor 0: the maths as pure functions of tensors. `reference` is the whole layer, in full."""
 
+from lightning_bfmoe.functional.activation_quant import quantize_activations, round_rows
 from lightning_bfmoe.functional.butterfly import (
     apply_butterfly,
     butterfly_matrix,
@@ -7,6 +8,16 @@ from lightning_bfmoe.functional.butterfly import (
     num_pairs,
     num_stages,
     stage_pairs,
+)
+from lightning_bfmoe.functional.outliers import (
+    crest_factor,
+    excess_kurtosis,
+    incoherence,
+    measures_from,
+    merge_moments,
+    outlier_moments,
+    quantization_snr,
+    tail_share,
 )
 from lightning_bfmoe.functional.packing import pack_trits, packed_size, unpack_trits
 from lightning_bfmoe.functional.routing import (
@@ -27,6 +38,7 @@ from lightning_bfmoe.functional.ternary import (
     quantize_ternary,
     ternarize,
 )
+from lightning_bfmoe.functional.usage import dead_experts, load_entropy, max_violation
 
 __all__ = [
     "ExpertGroups",
@@ -36,19 +48,32 @@ __all__ = [
     "butterfly_matrix",
     "check_finite",
     "combine",
+    "crest_factor",
+    "dead_experts",
     "dequantize_ternary",
     "dispatch",
+    "excess_kurtosis",
     "expert_load",
     "group_by_expert",
     "hadamard_angles",
+    "incoherence",
+    "load_entropy",
+    "max_violation",
+    "measures_from",
+    "merge_moments",
     "num_pairs",
     "num_stages",
+    "outlier_moments",
     "pack_trits",
     "packed_size",
+    "quantization_snr",
+    "quantize_activations",
     "quantize_ternary",
+    "round_rows",
     "route_top_k",
     "stage_pairs",
     "switch_loss",
+    "tail_share",
     "ternarize",
     "unpack_trits",
     "z_loss",

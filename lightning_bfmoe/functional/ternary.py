@@ -135,13 +135,13 @@ def quantize_ternary(
     """
     trits, alpha = ternarize(weight, scale, granularity)
     target = dequantize_ternary(trits, alpha, weight.dtype)
-    mixed: Tensor = _StraightThrough.apply(
+    mixed: Tensor = StraightThrough.apply(
         weight, target, torch.as_tensor(blend, device=weight.device)
     )
     return mixed
 
 
-class _StraightThrough(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
     """Value lerp(w, target, lambda), exactly the target at lambda 1; gradient passes to w."""
 
     @staticmethod

@@ -42,6 +42,7 @@ class ButterflyExperts(RemembersSettings, KeepsFloat32):
         scale: Ternary scale, see `functional.ternarize`.
         granularity: `row` or `tensor`.
         down: `butterfly`, or `dense` for one shared fp32 projection (preset `paper`).
+        activation_bits: Bits of the activations that enter the ternary matrices; None: no rounding.
         seed: Seed of the layer's own generator.
         device: Where parameters live.
 
@@ -65,6 +66,7 @@ class ButterflyExperts(RemembersSettings, KeepsFloat32):
         scale: str = "lstsq",
         granularity: str = "row",
         down: str = "butterfly",
+        activation_bits: int | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
@@ -73,6 +75,7 @@ class ButterflyExperts(RemembersSettings, KeepsFloat32):
         ButterflyMoEConfig(  # checks the ranges
             num_experts=num_experts, top_k=1, angle_std=angle_std, stages=stages, scale=scale,  # type: ignore[arg-type]
             granularity=granularity, down=down, dropout=dropout, seed=seed,  # type: ignore[arg-type]
+            activation_bits=activation_bits,
         )  # fmt: skip
         self.d_model, self.d_ff, self.num_experts = d_model, d_ff, num_experts
         self.d_out = d_model if d_out is None else d_out
@@ -81,12 +84,14 @@ class ButterflyExperts(RemembersSettings, KeepsFloat32):
             "d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "d_out": self.d_out,
             "activation": self.activation.name, "gated": gated, "bias": bias, "dropout": dropout,
             "gains": gains, "stages": stages, "angle_std": angle_std, "scale": scale,
-            "granularity": granularity, "down": down, "seed": seed,
+            "granularity": granularity, "down": down, "activation_bits": activation_bits,
+            "seed": seed,
         }  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         common: dict[str, Any] = {
             "bias": bias, "gains": gains, "stages": stages, "angle_std": angle_std, "scale": scale,
-            "granularity": granularity, "generator": generator, "device": device,
+            "granularity": granularity, "activation_bits": activation_bits,
+            "generator": generator, "device": device,
         }  # fmt: skip
         self.up = ButterflyLinear(d_model, d_ff, num_experts, **common)
         self.gate = ButterflyLinear(d_model, d_ff, num_experts, **common) if gated else None
@@ -203,7 +208,7 @@ def experts_arguments(config: ButterflyMoEConfig, block: dict[str, Any]) -> dict
     arguments = {
         "gains": config.gains, "stages": config.stages, "angle_std": config.angle_std_or_default,
         "scale": config.scale, "granularity": config.granularity, "down": config.down,
-        "seed": config.seed, **block,
+        "activation_bits": config.activation_bits, "seed": config.seed, **block,
     }  # fmt: skip
     if config.activation is not None:
         arguments["activation"] = config.activation

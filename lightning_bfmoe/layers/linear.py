@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_bfmoe.errors import ShapeError
+from lightning_bfmoe.functional.activation_quant import check_bits, quantize_activations
 from lightning_bfmoe.functional.butterfly import apply_butterfly
 from lightning_bfmoe.functional.routing import ExpertGroups
 from lightning_bfmoe.layers.precision import KeepsFloat32
@@ -28,6 +29,8 @@ class ButterflyLinear(KeepsFloat32):
         angle_std: Standard deviation of the initial angles (radians).
         scale: Ternary scale, see `functional.ternarize`.
         granularity: `row` or `tensor`.
+        activation_bits: Width of the integers that enter the shared matrix, blended in with lambda
+            (`functional.quantize_activations`); None leaves them as they are.
         generator: Draws latent weights and angles.
         device: Where parameters live.
 
@@ -51,11 +54,15 @@ class ButterflyLinear(KeepsFloat32):
         angle_std: float = 0.5,
         scale: str = "lstsq",
         granularity: str = "row",
+        activation_bits: int | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if activation_bits is not None:
+            check_bits(activation_bits)
         self.d_in, self.d_out, self.num_experts = d_in, d_out, num_experts
+        self.activation_bits = activation_bits
         self.substrate = Substrate(
             d_out, d_in, scale=scale, granularity=granularity, generator=generator, device=device
         )
@@ -79,6 +86,8 @@ class ButterflyLinear(KeepsFloat32):
         if self.gain_in is not None:
             x = x * self.gain_in.to(x.dtype)[groups.expert]
         x = self.rotate_in(x, groups, inverse=True)  # (rows, d_in)
+        if self.activation_bits is not None:
+            x = quantize_activations(x, self.activation_bits, self.substrate.blend)
         y = F.linear(x, self.substrate.weight(x.dtype))  # (rows, d_out)
         y = self.rotate_out(y, groups)
         if self.gain_out is not None:

@@ -43,7 +43,7 @@ class ButterflyMoE(RemembersSettings, KeepsFloat32):
         seed: Seed of the layer's own generator.
         device: Where parameters live.
         **experts: Further settings of `ButterflyExperts`: d_out, activation, gated, bias, dropout,
-            gains, stages, angle_std, scale, granularity, down.
+            gains, stages, angle_std, scale, granularity, down, activation_bits.
 
     Raises:
         ConfigError: A size or setting is out of range.
