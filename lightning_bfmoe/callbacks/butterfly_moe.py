@@ -15,7 +15,6 @@ from lightning_bfmoe.callbacks.summary import show_summary
 from lightning_bfmoe.callbacks.swapping import Swapper, merge_reports
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import CheckpointError
-from lightning_bfmoe.layers import set_loss_scale, update_balance
 from lightning_bfmoe.plan import Plan, plan_at
 from lightning_bfmoe.swap import SwapReport
 
@@ -114,6 +113,7 @@ class ButterflyMoECallback(pl.Callback):
         self._swapper = Swapper(self.config, self.include, self.exclude, name or "bfmoe")
         self._restored = False
         self._handles: list[Any] = []
+        self._parts: training.Parts | None = None
 
     @property
     def state_key(self) -> str:
@@ -165,7 +165,7 @@ class ButterflyMoECallback(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_swapped(trainer, pl_module)
         if trainer.state.fn == "fit" and self.clock.total is not None:
-            self._set_blend(trainer, pl_module)
+            self._collect(trainer, pl_module).set_blend(self._now().blend)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_swapped(trainer, pl_module)
@@ -175,13 +175,13 @@ class ButterflyMoECallback(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         late_build.unwatch(pl_module, self._owner)
-        self._remove_handles()
+        self._let_go()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         late_build.unwatch(pl_module, self._owner)
-        self._remove_handles()
+        self._let_go()
 
     # While training: lambda, loss scale, balance, logs.
 
@@ -190,8 +190,9 @@ class ButterflyMoECallback(pl.Callback):
             self.clock.reset()
         self.clock.start(trainer.global_step)
         self._plan_total(trainer)
-        self._set_blend(trainer, pl_module)
-        self._remove_handles()
+        self._let_go()
+        self._parts = self._collect(trainer, pl_module)
+        self._parts.set_blend(self._now().blend)
         if self.plan.angle_warmup:
             self._handles = training.scale_angle_steps(
                 trainer.strategy.optimizers, lambda: self._now().angle_factor
@@ -215,20 +216,22 @@ class ButterflyMoECallback(pl.Callback):
     def _now(self) -> Any:
         return plan_at(self.clock.step, self.clock.total, self.plan)
 
-    def _set_blend(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for module in (pl_module, *guards.averaged_copies(trainer)):
-            self._swapper.set_blend(module, self._now().blend)
+    def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> training.Parts:
+        models = (pl_module, *guards.averaged_copies(trainer))
+        layers = [layer for model in models for _, layer in self._swapper.layers(model)]
+        return training.Parts.of(layers, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._set_blend(trainer, pl_module)
+        if self._parts is not None:
+            self._parts.set_blend(self._now().blend)
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        if training.has_own_losses(pl_module):
-            set_loss_scale(pl_module, training.root_loss_scale(trainer))
+        if self._parts is not None and self._parts.own_losses:
+            self._parts.set_loss_scale(training.root_loss_scale(trainer))
 
     def on_train_batch_end(
         self,
@@ -239,14 +242,12 @@ class ButterflyMoECallback(pl.Callback):
         batch_idx: int,
     ) -> None:
         blend = self._now().blend
-        if not self.clock.tick(trainer.global_step):
+        if self._parts is None or not self.clock.tick(trainer.global_step):
             return
-        training.synchronise_loads(trainer, pl_module)
-        imbalance = training.load_imbalance(training.pending_loads(pl_module))
         self._log(trainer, pl_module, "blend", blend)
-        self._log(trainer, pl_module, "load_max_over_mean", imbalance)
-        update_balance(pl_module)
-        self._set_blend(trainer, pl_module)  # what a checkpoint saved now shall hold
+        self._log(trainer, pl_module, "load_max_over_mean", self._parts.load_imbalance())
+        self._parts.update_balance(trainer)
+        self._parts.set_blend(self._now().blend)  # what a checkpoint saved now shall hold
 
     def _log(
         self,
@@ -282,13 +283,14 @@ class ButterflyMoECallback(pl.Callback):
         self._restored = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave hooks on optimizers behind when copied or pickled."""
-        return {**self.__dict__, "_handles": []}
+        """Leave references to modules and optimizers behind when copied or pickled."""
+        return {**self.__dict__, "_handles": [], "_parts": None}
 
     @property
     def _owner(self) -> str:
         return self._swapper.owner
 
-    def _remove_handles(self) -> None:
+    def _let_go(self) -> None:
+        self._parts = None
         while self._handles:
             self._handles.pop().remove()

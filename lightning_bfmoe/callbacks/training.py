@@ -1,6 +1,7 @@
 """What happens to optimizers and losses: parameter groups, angle warm-up, loss scale, balance."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_bfmoe.layers import parameter_roles, routers
+from lightning_bfmoe.layers import TopKRouter, parameter_roles, routers
 from lightning_bfmoe.plan import GROUP_KEY, split_parameter_groups
 
 
@@ -71,30 +72,47 @@ def root_loss_scale(trainer: pl.Trainer) -> float:
     return scale / trainer.accumulate_grad_batches if automatic else scale
 
 
-def has_own_losses(module: nn.Module) -> bool:
-    """Whether any router adds a loss of its own."""
-    return any(r.switch_weight > 0 or r.z_weight > 0 for _, r in routers(module))
+@dataclass(frozen=True)
+class Parts:
+    """The modules that a training step touches, looked up once: walking a model takes time."""
 
+    layers: list[Any]
+    """Swapped layers, and their twins in averaged copies of the model."""
+    routers: list[TopKRouter]
+    own_losses: bool
+    """Whether a router adds a loss of its own."""
 
-def pending_loads(module: nn.Module) -> list[Tensor]:
-    """Slots per expert since the last step, one tensor (experts,) per router that was used."""
-    return [router.pending_load for _, router in routers(module)]
+    @classmethod
+    def of(cls, layers: Iterable[Any], module: nn.Module) -> "Parts":
+        """The parts of a module."""
+        found = [router for _, router in routers(module)]
+        return cls(list(layers), found, any(r.switch_weight > 0 or r.z_weight > 0 for r in found))
 
+    def set_blend(self, value: float) -> None:
+        """Set lambda of all layers."""
+        for layer in self.layers:
+            layer.set_blend(value)
 
-def synchronise_loads(trainer: pl.Trainer, module: nn.Module) -> None:
-    """Sum the loads over all processes in one call, so that every rank moves its bias alike."""
-    loads = pending_loads(module)
-    if trainer.world_size == 1 or not loads:
-        return
-    total = trainer.strategy.reduce(torch.cat(loads), reduce_op="sum")
-    for load, part in zip(loads, total.split([len(load) for load in loads]), strict=True):
-        load.copy_(part)
+    def set_loss_scale(self, value: float) -> None:
+        """Scale the routers' own losses like the user's."""
+        for router in self.routers:
+            router.set_loss_scale(value)
 
+    def update_balance(self, trainer: pl.Trainer) -> None:
+        """Move every balance bias once, by the loads of all processes."""
+        loads = [router.pending_load for router in self.routers]
+        if trainer.world_size > 1 and loads:
+            total = trainer.strategy.reduce(torch.cat(loads), reduce_op="sum")
+            for load, part in zip(loads, total.split([len(x) for x in loads]), strict=True):
+                load.copy_(part)
+        for router in self.routers:
+            router.update_balance()
 
-def load_imbalance(loads: list[Tensor]) -> Tensor | None:
-    """Load of the fullest expert over the mean, averaged over layers; 1 is perfect."""
-    ratios = [load.max() / load.float().mean().clamp(min=1e-9) for load in loads]
-    return torch.stack(ratios).mean() if ratios else None
+    def load_imbalance(self) -> Tensor | None:
+        """Load of the fullest expert over the mean, averaged over layers; 1 is perfect."""
+        loads = [router.pending_load for router in self.routers]
+        ratios = [load.max() / load.float().mean().clamp(min=1e-9) for load in loads]
+        return torch.stack(ratios).mean() if ratios else None
 
 
 def somebody_reads(trainer: pl.Trainer, name: str) -> bool:
