@@ -15,7 +15,7 @@ from lightning_bfmoe.callbacks.summary import show_summary
 from lightning_bfmoe.callbacks.swapping import Swapper, merge_reports
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import CheckpointError
-from lightning_bfmoe.plan import Plan, plan_at
+from lightning_bfmoe.plan import Plan, check_factor, plan_at
 from lightning_bfmoe.swap import SwapReport
 
 _STATE_VERSION = 1
@@ -107,7 +107,8 @@ class ButterflyMoECallback(pl.Callback):
         self.config = resolve_config(config, preset, overrides)
         self.plan = resolve_plan(plan)
         self.include, self.exclude = resolve_patterns(include), resolve_patterns(exclude)
-        self.total_steps, self.replan, self.angle_lr_factor = total_steps, replan, angle_lr_factor
+        self.total_steps, self.replan = total_steps, replan
+        self.angle_lr_factor = check_factor(angle_lr_factor)
         self.name, self.verbose = name, verbose
         self.clock = StepClock()
         self._swapper = Swapper(self.config, self.include, self.exclude, name or "bfmoe")
@@ -244,9 +245,10 @@ class ButterflyMoECallback(pl.Callback):
         blend = self._now().blend
         if self._parts is None or not self.clock.tick(trainer.global_step):
             return
+        self._parts.synchronise_loads(trainer)
         self._log(trainer, pl_module, "blend", blend)
         self._log(trainer, pl_module, "load_max_over_mean", self._parts.load_imbalance())
-        self._parts.update_balance(trainer)
+        self._parts.update_balance()
         self._parts.set_blend(self._now().blend)  # what a checkpoint saved now shall hold
 
     def _log(

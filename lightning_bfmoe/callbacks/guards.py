@@ -1,4 +1,4 @@
-"""Checks of what the Trainer brings: order of callbacks, sharded parameters, early optimizers."""
+"""Checks of what the Trainer brings: order of callbacks, strategy, optimizers."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -45,24 +45,6 @@ def check_strategy(trainer: pl.Trainer) -> None:
             got=f"strategy {name}",
             fix="Use strategy='ddp', 'auto' or ModelParallelStrategy (FSDP2).",
         )
-
-
-def check_not_sharded(module: nn.Module) -> None:
-    """A block that is swapped has whole parameters.
-
-    Raises:
-        SwapError: A parameter is a DTensor.
-    """
-    for name, parameter in module.named_parameters():
-        if any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__) or any(
-            cls.__name__ == "DTensor" for cls in type(parameter.data).__mro__
-        ):
-            raise SwapError(
-                "a model is swapped before its parameters are sharded",
-                got=f"the DTensor {name!r}",
-                fix="Call lightning_bfmoe.swap_feed_forward(self.model, ...) in configure_model "
-                "before fully_shard, or build the layers in __init__.",
-            )
 
 
 def check_optimizers(

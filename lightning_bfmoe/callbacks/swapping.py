@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_bfmoe.callbacks.guards import check_not_sharded
 from lightning_bfmoe.callbacks.settings import differing_settings
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import SwapError
@@ -77,7 +76,6 @@ class Swapper:
             The report, without originals; None when nothing was swapped.
         """
         self._refusal = None
-        check_not_sharded(module)
         before = dict(module.named_parameters())
         try:
             with torch.device("cpu"), _float32():  # a Trainer may have set others

@@ -98,13 +98,16 @@ class Parts:
         for router in self.routers:
             router.set_loss_scale(value)
 
-    def update_balance(self, trainer: pl.Trainer) -> None:
-        """Move every balance bias once, by the loads of all processes."""
+    def synchronise_loads(self, trainer: pl.Trainer) -> None:
+        """Sum the loads over all processes, in one call, so that every rank moves alike."""
         loads = [router.pending_load for router in self.routers]
         if trainer.world_size > 1 and loads:
             total = trainer.strategy.reduce(torch.cat(loads), reduce_op="sum")
             for load, part in zip(loads, total.split([len(x) for x in loads]), strict=True):
                 load.copy_(part)
+
+    def update_balance(self) -> None:
+        """Move every balance bias once."""
         for router in self.routers:
             router.update_balance()
 

@@ -56,12 +56,7 @@ def split_parameter_groups(
 
     Source: measured (docs/decisions.md): without it the experts stay near one another.
     """
-    if not 0 < angle_lr_factor < float("inf"):
-        raise ConfigError(
-            "angle_lr_factor must be a finite number > 0",
-            got=angle_lr_factor,
-            fix="Use 1.0 for the learning rate of the other parameters.",
-        )
+    check_factor(angle_lr_factor)
     if isinstance(optimizer, torch.optim.LBFGS):
         return 0  # knows one group only
     treatment = {id(p): _TREATMENT[role] for p, role in roles.items() if role in _TREATMENT}
@@ -80,6 +75,21 @@ def split_parameter_groups(
     for scheduler in schedulers:
         extend_scheduler(scheduler, pieces, before)
     return len(added)
+
+
+def check_factor(angle_lr_factor: float) -> float:
+    """Return the factor when it is one.
+
+    Raises:
+        ConfigError: It is not a finite number > 0.
+    """
+    if not 0 < angle_lr_factor < float("inf"):
+        raise ConfigError(
+            "angle_lr_factor must be a finite number > 0",
+            got=angle_lr_factor,
+            fix="Use 1.0 for the learning rate of the other parameters.",
+        )
+    return angle_lr_factor
 
 
 def _pieces(
