@@ -150,6 +150,7 @@ def _nothing_found(candidates: list[Candidate], excluded: bool) -> SwapError:
         + (" that is not excluded" if excluded else ""),
         got=f"these candidates:{describe_all(candidates)}\n",
         fix="Name one with include='its.path', or teach it with lightning_bfmoe.register_adapter. "
+        "Merge adapters such as LoRA first: a block has two or three matrices. "
         "A model that builds its layers later (setup, configure_model) must be swapped after that.",
     )
 
