@@ -24,6 +24,8 @@ class Kernel:
     """When `suits` says yes, in words."""
     widens: bool = False
     """Takes 16-bit rows as they are and widens inside; else the caller widens them first."""
+    missing: Callable[[], str] = str
+    """Why it cannot run in this installation; empty when it can."""
 
 
 _TABLE: dict[str, list[Kernel]] = {}
@@ -53,7 +55,7 @@ def choose(op: str, *args: Any) -> Kernel:
 
 
 def describe() -> str:
-    """A line per kernel: op, name, when it runs, and whether it is forced.
+    """A line per kernel: op, name, when it runs, whether it is forced, or why it cannot run.
 
     Example:
         >>> import lightning_bfmoe.kernels
@@ -63,7 +65,9 @@ def describe() -> str:
     lines = []
     for kernel in kernels():
         forced = "  [forced]" if _FORCED.get(kernel.op) == kernel.name else ""
-        lines.append(f"{kernel.op:8} {kernel.name:10} {kernel.why}{forced}")
+        missing = kernel.missing()
+        note = f"  [cannot run: {missing}]" if missing else forced
+        lines.append(f"{kernel.op:8} {kernel.name:10} {kernel.why}{note}")
     return "\n".join(lines)
 
 
@@ -72,13 +76,20 @@ def use_kernel(op: str, name: str) -> Iterator[None]:
     """Force one implementation of an op inside the `with` block (for tests and benchmarks).
 
     Raises:
-        ConfigError: No such op or kernel.
+        ConfigError: No such op or kernel, or this installation cannot run it.
     """
     names = [k.name for k in kernels(op)]
     if name not in names:
         raise ConfigError(
             f"the kernels of {op!r} are {names}",
             got=repr(name),
+            fix="See lightning_bfmoe.kernels.describe().",
+        )
+    missing = next(k for k in kernels(op) if k.name == name).missing()
+    if missing:
+        raise ConfigError(
+            f"the kernel {name!r} cannot run in this installation",
+            got=missing,
             fix="See lightning_bfmoe.kernels.describe().",
         )
     before = _FORCED.get(op)

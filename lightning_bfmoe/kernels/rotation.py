@@ -7,6 +7,7 @@ from lightning_bfmoe.errors import ShapeError
 from lightning_bfmoe.functional.butterfly import apply_butterfly, check_angles
 from lightning_bfmoe.functional.routing import ExpertGroups
 from lightning_bfmoe.kernels.blocks import rotate_blocks
+from lightning_bfmoe.kernels.cpu import missing_cpu, rotate_cpu, suits_cpu
 from lightning_bfmoe.kernels.cuda import rotate_cuda, suits_cuda
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, register
 
@@ -76,5 +77,15 @@ register(
         suits_cuda,
         "fused stages in one launch; CUDA with triton, d up to 8192 (its power-of-two part)",
         widens=True,
+    )
+)
+register(
+    Kernel(
+        "rotate",
+        "cpu",
+        rotate_cpu,
+        suits_cpu,
+        "compiled, all stages in one pass; CPU, any width and number of rows",
+        missing=missing_cpu,
     )
 )

@@ -7,9 +7,14 @@ from lightning_bfmoe.errors import ConfigError, ShapeError
 from lightning_bfmoe.functional import group_by_expert, num_pairs, num_stages
 from lightning_bfmoe.kernels import choose, describe, kernels, rotate, use_kernel
 from lightning_bfmoe.kernels.blocks import block_factor, factor_stages, tile_rows
+from lightning_bfmoe.kernels.cpu import missing_cpu
 from lightning_bfmoe.kernels.rotation import rotate_reference
 
-FAST = [k.name for k in kernels("rotate") if k.name not in ("reference", "triton")]
+FAST = [
+    pytest.param(k.name, marks=pytest.mark.skipif(bool(k.missing()), reason=k.missing()))
+    for k in kernels("rotate")
+    if k.name not in ("reference", "triton")
+]
 SIZES = [2, 3, 6, 8, 10, 16, 31, 48, 64, 96, 130, 256]
 LOADS = {
     "spread": lambda e, n: torch.randint(0, e, (n, 1)),
@@ -142,11 +147,13 @@ def test_a_tile_never_mixes_experts_and_no_row_is_lost(load):
     assert torch.equal(tiles.expert[tiles.slot // tiles.height], groups.expert)
 
 
-def test_dispatch_takes_blocks_for_many_rows_and_says_so():
+def test_dispatch_takes_the_compiled_kernel_or_blocks_for_many_rows_and_says_so():
     x, angles, groups = case(64, experts=4, rows=100)
-    assert choose("rotate", x, angles, groups).name == "blocks"
-    assert choose("rotate", x[:3], angles, groups).name == "reference"
+    compiled = not missing_cpu()
+    assert choose("rotate", x, angles, groups).name == ("cpu" if compiled else "blocks")
+    assert choose("rotate", x[:3], angles, groups).name == ("cpu" if compiled else "reference")
     assert "blocks" in describe() and "[forced]" not in describe()
+    assert ("[cannot run: " in describe()) is not compiled
     with use_kernel("rotate", "reference"):
         assert choose("rotate", x, angles, groups).name == "reference"
         assert "[forced]" in describe()

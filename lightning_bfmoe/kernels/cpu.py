@@ -1,0 +1,199 @@
+"""The fused rotation on the CPU: an opaque torch op around the compiled `csrc/rotate.cpp`.
+
+The library is built when the package is installed and a C++ compiler is there (`hatch_build.py`).
+It is looked up when it is first wanted; without it the other kernels run. The environment variable
+`BFMOE_CPU_LIBRARY` names another file, or is empty to do without.
+"""
+
+import ctypes
+import functools
+import os
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_bfmoe.errors import BFMoEError, ShapeError
+from lightning_bfmoe.functional.routing import ExpertGroups
+
+ABI_VERSION = 1  # that of csrc/rotate.cpp
+BUILT = Path(__file__).with_name(
+    "_bfmoe_cpu" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+)
+
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+_TAIL = [_SIZE, _SIZE, ctypes.c_int, _SIZE]  # rows, experts, inverse, threads
+_NAMES = {torch.float32: "f32", torch.float64: "f64"}
+
+_lock = threading.Lock()
+_found: tuple[ctypes.CDLL | None, str] | None = None
+
+
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why not; looked up once a process."""
+    global _found
+    if _found is None:
+        with _lock:
+            if _found is None:
+                _found = load_library(Path(os.environ.get("BFMOE_CPU_LIBRARY", BUILT)))
+    return _found
+
+
+def load_library(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """Load a compiled library and check that it speaks our interface.
+
+    Args:
+        path: The file; the empty path means none is wanted.
+
+    Returns:
+        The library and "", or None and the reason in a few words. A file that is there and cannot
+        be used is also warned about: it is slower without, and easily repaired.
+    """
+    if path == Path():
+        return None, "switched off by BFMOE_CPU_LIBRARY"
+    if not path.exists():
+        return None, f"not compiled: there was no C++ compiler at install ({path.name} is missing)"
+    try:
+        library = ctypes.CDLL(str(path.resolve()))
+        version = library.bfmoe_abi_version()
+        reason = f"it has interface version {version}, this package needs {ABI_VERSION}"
+        if version == ABI_VERSION:
+            for suffix in _NAMES.values():
+                getattr(library, f"bfmoe_rotate_{suffix}").argtypes = [_POINTER] * 5 + _TAIL
+                getattr(library, f"bfmoe_rotate_backward_{suffix}").argtypes = [
+                    _POINTER
+                ] * 7 + _TAIL
+            library.bfmoe_plan.argtypes = [_SIZE, _SIZE]
+            library.bfmoe_plan.restype = _POINTER
+            return library, ""
+    except (OSError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+    warnings.warn(
+        f"the compiled CPU kernels {path.name} cannot be used, slower ones run: {reason}. "
+        "Reinstall lightning-bfmoe to compile them again, or set BFMOE_CPU_LIBRARY= to do without.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None, f"unusable: {reason}"
+
+
+@torch.compiler.assume_constant_result
+def missing_cpu() -> str:
+    """Why the compiled library cannot be used; empty when it can."""
+    return _library()[1]
+
+
+def suits_cpu(x: Tensor, angles: Tensor, groups: ExpertGroups) -> bool:
+    """CPU tensors, any width and number of rows, where the library is compiled in."""
+    tensors = (x, angles, groups.counts)
+    return all(t.device.type == "cpu" for t in tensors) and not missing_cpu()
+
+
+def rotate_cpu(x: Tensor, angles: Tensor, groups: ExpertGroups, inverse: bool = False) -> Tensor:
+    """Rotate sorted rows by their expert's angles; same function as `kernels.rotation.rotate`.
+
+    Args:
+        x: (rows, d), float32 or float64.
+        angles: (experts, stages, pairs), same dtype.
+        groups: Which expert each row belongs to.
+        inverse: Apply the transpose.
+    """
+    return rotation(x, angles, groups.counts, inverse)
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(d: int, stages: int) -> int:
+    """The network of one width, made by the library and kept until the process ends."""
+    library, reason = _library()
+    if library is None:
+        raise BFMoEError(
+            "the kernel 'cpu' needs its compiled library",
+            got=reason,
+            fix="Reinstall with a C++ compiler, or take another kernel.",
+        )
+    return library.bfmoe_plan(d, stages)
+
+
+def _call(name: str, x: Tensor, angles: Tensor, counts: Tensor, inverse: bool, *others: Tensor):
+    """Hand contiguous tensors to the library: `others` are (input gradients..., outputs...)."""
+    (rows, d), (experts, stages, _) = x.shape, angles.shape
+    plan = _plan(d, stages)
+    function = getattr(_library()[0], f"{name}_{_NAMES[x.dtype]}")
+    counts = counts.to(torch.int64).contiguous()
+    outputs = 1 if len(others) == 1 else 2
+    tensors = [x, *others[:-outputs], angles, counts, *others[-outputs:]]
+    failed = function(
+        plan, *(t.data_ptr() for t in tensors), rows, experts, inverse, torch.get_num_threads()
+    )
+    if failed:
+        raise ShapeError(
+            "the counts of the experts add up to the rows",
+            got=f"counts {counts.tolist()} for {rows} rows",
+            fix="Use functional.group_by_expert().",
+        )
+
+
+@torch.library.custom_op("bfmoe::rotate_cpu", mutates_args=(), device_types="cpu")
+def rotation(x: Tensor, angles: Tensor, counts: Tensor, inverse: bool) -> Tensor:
+    """All stages in one pass over the rows."""
+    x, angles = x.contiguous(), angles.contiguous()
+    y = torch.empty_like(x)
+    _call("bfmoe_rotate", x, angles, counts, inverse, y)
+    return y
+
+
+@rotation.register_fake
+def _(x: Tensor, angles: Tensor, counts: Tensor, inverse: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("bfmoe::rotate_cpu_backward", mutates_args=(), device_types="cpu")
+def rotation_backward(
+    y: Tensor, grad: Tensor, angles: Tensor, counts: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients by the rows and by the angles, from the output alone."""
+    y, grad, angles = y.contiguous(), grad.contiguous(), angles.contiguous()
+    dx, dangles = torch.empty_like(y), torch.empty_like(angles)
+    _call("bfmoe_rotate_backward", y, angles, counts, inverse, grad, dx, dangles)
+    return dx, dangles
+
+
+@rotation_backward.register_fake
+def _(
+    y: Tensor, grad: Tensor, angles: Tensor, counts: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(y, memory_format=contiguous),
+        torch.empty_like(angles, memory_format=contiguous),
+    )
+
+
+def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    _, angles, counts, inverse = inputs
+    ctx.save_for_backward(output, angles, counts)
+    ctx.inverse = inverse  # type: ignore[attr-defined]
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+    y, angles, counts = ctx.saved_tensors  # type: ignore[attr-defined]
+    inverse = ctx.inverse  # type: ignore[attr-defined]
+    if not ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+        return rotation(grad, angles, counts, not inverse), None, None, None
+    dx, dangles = rotation_backward(y, grad, angles, counts, inverse)
+    return dx, dangles, None, None
+
+
+def _no_second(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple:
+    raise BFMoEError(
+        "the compiled CPU rotation has no second derivative",
+        got="a backward pass through its backward pass",
+        fix='Run the model under lightning_bfmoe.kernels.use_kernel("rotate", "blocks").',
+    )
+
+
+rotation.register_autograd(_backward, setup_context=_setup)
+rotation_backward.register_autograd(_no_second)
