@@ -64,6 +64,14 @@ def test_the_two_forms_of_gelu_are_told_apart_at_small_weights(approximate):
     assert probe_block(block).activation == {"none": "gelu", "tanh": "gelu_tanh"}[approximate]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_the_two_forms_of_gelu_are_told_apart_in_low_precision(approximate, dtype):
+    block = Block(lambda m, x: m.down(F.gelu(m.up(x), approximate=approximate)), d=32, hidden=96)
+    found = probe_block(block.to(dtype)).activation
+    assert found == {"none": "gelu", "tanh": "gelu_tanh"}[approximate]
+
+
 @pytest.mark.parametrize("name", ["relu", "silu", "gelu"])
 def test_a_block_of_zeros_is_still_told_apart(name):
     block = Block(lambda m, x: m.down(getattr(F, name)(m.up(x))))

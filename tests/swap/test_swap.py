@@ -16,7 +16,18 @@ from lightning_bfmoe.swap import (
     restore,
     swap_feed_forward,
 )
-from tests.swap.zoo import W123, Plain, TimmMlp, TorchStack, Weird, make, relative, run, state
+from tests.swap.zoo import (
+    W123,
+    FusedGate,
+    Plain,
+    TimmMlp,
+    TorchStack,
+    Weird,
+    make,
+    relative,
+    run,
+    state,
+)
 
 
 def mlp(d=16, hidden=40):
@@ -107,8 +118,10 @@ def test_flags_device_and_dtype_are_kept():
     assert model(torch.randn(3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 2e-2), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("block", [Weird, W123, TimmMlp])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float64, 1e-12)]
+)
+@pytest.mark.parametrize("block", [Weird, W123, TimmMlp, FusedGate])
 def test_other_dtypes_are_recognised_and_preserved(block, dtype, limit):
     model = Plain(block()).to(dtype).eval()
     ids = torch.arange(12).reshape(2, 6)
