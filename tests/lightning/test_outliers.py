@@ -25,6 +25,7 @@ PATHS = ("net.0.mlp", "net.1.mlp")
 
 
 def swapped(**settings):
+    torch.manual_seed(0)
     module = InInit()
     swap_feed_forward(module, num_experts=4, top_k=2, init="scratch", **settings)
     return module
@@ -120,7 +121,7 @@ def test_names_are_complete_and_can_be_chosen(tmp_path):
         50, layers="net.1.*", dense=["net.2"], measures=["crest"], name="b"
     )
     _, records = fit(tmp_path, callback)
-    names = {"crest_before", "crest_after", "net.2/crest_before"}
+    names = {"crest_before", "crest_after", "net/2/crest_before"}
     names |= {f"net.1.mlp/{matrix}/crest_{v}" for matrix in ("up", "down") for v in views}
     assert set(records[1]) == {f"outliers/b/{name}" for name in names}
 
@@ -226,7 +227,7 @@ def test_the_interval_survives_a_resume(tmp_path):
     path = tmp_path / "at.ckpt"
     _, whole = fit(tmp_path, ActivationOutliers(4), batches=10)
     fit(tmp_path, ActivationOutliers(4), StopAt(5, path), batches=10)
-    state = torch.load(path, weights_only=True)["callbacks"]["ActivationOutliers"]
+    state = torch.load(path, weights_only=True)["callbacks"][ActivationOutliers().state_key]
     assert state == {"step": 5}
     callback = ActivationOutliers(4)
     latest = Latest(callback)
