@@ -134,6 +134,7 @@ def _apply_factor(tiled: Tensor, blocks: Tensor, inverse: bool) -> Tensor:
 def irregular_stages(
     x: Tensor, angles: Tensor, groups: ExpertGroups, start: int, inverse: bool
 ) -> Tensor:
+    """Stages from `start` on, one by one, each row by its expert's angles."""
     stages = angles.shape[1]
     if start == stages:
         return x

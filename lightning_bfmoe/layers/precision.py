@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -34,7 +35,8 @@ def _keep_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         if not tensor.is_floating_point():
             return fn(tensor)
         target = fn(tensor.detach()[:0] if tensor.dim() else tensor.detach())
-        if target.dtype.itemsize < min(tensor.dtype.itemsize, 4):
+        floor = max(torch.finfo(tensor.dtype).eps, torch.finfo(torch.float32).eps)
+        if torch.finfo(target.dtype).eps > floor:  # by precision: float16 -> bfloat16 loses too
             return tensor.to(target.device)
         return fn(tensor)
 

@@ -70,7 +70,8 @@ class Rotation(KeepsFloat32):
             )
         angles = self.angles.detach()
         if dtype != torch.float32:  # a narrow format spends its bits best near zero
-            angles = torch.remainder(angles + torch.pi, 2 * torch.pi) - torch.pi
+            turns = torch.round(angles.double() / (2 * torch.pi))
+            angles = angles.double() - 2 * torch.pi * turns
         del self.angles
         self.register_buffer("angles", angles.to(dtype))
         return self

@@ -192,10 +192,7 @@ def test_a_packed_model_copies_pickles_moves_and_saves(dense, swapped, ids, file
 @pytest.mark.parametrize(
     "dtype",
     [
-        pytest.param(
-            torch.bfloat16,
-            marks=pytest.mark.xfail(reason="layers.precision lets float16 become bfloat16"),
-        ),
+        torch.bfloat16,
         torch.float16,
     ],
 )
