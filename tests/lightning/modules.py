@@ -113,6 +113,13 @@ class Loader:
         self.at = state["at"]
 
 
+class WithData(InInit):
+    """A module for a command line, with its data."""
+
+    def train_dataloader(self):
+        return Loader()
+
+
 class StopAt(L.Callback):
     """Saves and stops after a number of batches, wherever in an epoch that is."""
 
