@@ -62,12 +62,10 @@ def load_from_checkpoint(
     path = os.fspath(path)
     checkpoint = _read(path, weights_only)
     plan = _read_plan(checkpoint["state_dict"], path, cls)
-    with (
-        _ONE_AT_A_TIME,
-        _before_loading(
-            _built_class(cls, checkpoint), lambda module: _prepare(module, plan, setup_stage)
-        ),
-    ):
+    with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
+        kinds: set[type[pl.LightningModule]] = {cls, _written_class(cls, checkpoint)}
+        for kind in kinds:
+            stack.enter_context(_before_loading(kind, lambda m: _prepare(m, plan, setup_stage)))
         try:
             return cls.load_from_checkpoint(path, weights_only=weights_only, **kwargs)
         except RuntimeError as error:
@@ -120,8 +118,8 @@ def _read_plan(state: Mapping[str, Any], path: str, cls: type) -> dict[str, Any]
     return plan
 
 
-def _built_class(cls: type[Module], checkpoint: Mapping[str, Any]) -> type[pl.LightningModule]:
-    """The class that Lightning will build: LightningCLI writes it into the hyperparameters."""
+def _written_class(cls: type[Module], checkpoint: Mapping[str, Any]) -> type[pl.LightningModule]:
+    """The subclass that Lightning may build instead: LightningCLI writes it into a checkpoint."""
     written = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) or {}
     class_path = written.get("_class_path") if isinstance(written, Mapping) else None
     place, _, name = str(class_path or "").rpartition(".")

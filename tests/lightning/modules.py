@@ -28,7 +28,7 @@ def make_net() -> nn.Sequential:
 class Base(L.LightningModule):
     """Training and evaluation; subclasses say where the layers are built."""
 
-    def __init__(self, lr: float = 1e-2):
+    def __init__(self, lr: float = 1e-2, **others):
         super().__init__()
         self.save_hyperparameters()
         self.net: nn.Module | None = None

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_bfmoe import ButterflyMoECallback, load_from_checkpoint
 from lightning_bfmoe.layers import moe_layers
 from lightning_bfmoe.plan import Plan
-from tests.lightning.modules import InInit, WithData, assert_same_state
+from tests.lightning.modules import Base, WithData, assert_same_state
 
 FOLDER = Path(__file__).parents[2] / "callbacks"
 THEIRS = "lightning.pytorch.callbacks.ModelSummary"
@@ -115,7 +115,7 @@ def test_a_callback_is_added_on_the_command_line_alone(base):
 @pytest.mark.parametrize("subclass", [False, True])
 def test_a_checkpoint_of_the_command_line_is_loaded(subclass, base, tmp_path):
     """In subclass mode the checkpoint names the class, and the base class can load it."""
-    settings = {"model_class": InInit, "subclass_mode_model": True} if subclass else {}
+    settings = {"model_class": Base, "subclass_mode_model": True} if subclass else {}
     if subclass:
         config = yaml.safe_load(base.read_text())
         place = f"{WithData.__module__}.{WithData.__name__}"
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_the_command_line_is_loaded(subclass, base, tmp_path):
     more = ["--config", FOLDER / "butterfly_moe.yaml", "--trainer.max_epochs=1"]
     cli = command("--config", base, *more, **settings)
     cli.trainer.save_checkpoint(tmp_path / "cli.ckpt")
-    loaded = load_from_checkpoint(InInit if subclass else WithData, tmp_path / "cli.ckpt")
+    loaded = load_from_checkpoint(Base if subclass else WithData, tmp_path / "cli.ckpt")
     assert type(loaded) is WithData and loaded.hparams.lr == 0.02
     assert_same_state(loaded, cli.model)
-    assert "on_load_checkpoint" not in {*vars(WithData), *vars(InInit)}
+    assert "on_load_checkpoint" not in {*vars(WithData), *vars(Base)}
