@@ -4,6 +4,10 @@ import copy
 import json
 import math
 import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -234,6 +238,35 @@ def test_the_interval_survives_a_resume(tmp_path):
     trainer = make_trainer(tmp_path, callback, latest, max_epochs=1)
     trainer.fit(swapped(), Loader(10), ckpt_path=path, weights_only=False)
     assert sorted(latest.records) == [6, 8] and latest.records[8] == whole[8]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_measured_with_one_recompilation(tmp_path):
+    # in a process of its own: dynamo does not trace through the shape checker of the tests
+    code = f"""
+        import torch
+        from lightning_bfmoe.callbacks import ActivationOutliers, ExpertUsage
+        from tests.lightning.test_outliers import Loader, make_trainer, swapped
+        results, graphs = [], []
+        def backend(graph, _):
+            graphs.append(graph)
+            return graph.forward
+        for compiled in (False, True):
+            module, callbacks = swapped(), [ActivationOutliers(4), ExpertUsage(4)]
+            if compiled:
+                module.net[0].mlp.compile(backend=backend, fullgraph=True)
+            make_trainer({str(tmp_path)!r}, *callbacks, max_epochs=1).fit(module, Loader(8))
+            results.append((callbacks[0].latest, callbacks[1].history))
+        assert results[0] == results[1]
+        print("graphs", len(graphs))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    # the layer, the layer while it records, the hook that counts the load
+    assert "graphs 3" in done.stdout
 
 
 class OnRank(InInit):
