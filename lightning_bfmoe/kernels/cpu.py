@@ -55,7 +55,7 @@ def load_library(path: Path) -> tuple[ctypes.CDLL | None, str]:
     if path == Path():
         return None, "switched off by BFMOE_CPU_LIBRARY"
     if not path.exists():
-        return None, f"not compiled: there was no C++ compiler at install ({path.name} is missing)"
+        return None, "not compiled: no C++ compiler when the package was installed, or it failed"
     try:
         library = ctypes.CDLL(str(path.resolve()))
         version = library.bfmoe_abi_version()
@@ -136,32 +136,42 @@ def _call(name: str, x: Tensor, angles: Tensor, counts: Tensor, inverse: bool, *
         )
 
 
-@torch.library.custom_op("bfmoe::rotate_cpu", mutates_args=(), device_types="cpu")
-def rotation(x: Tensor, angles: Tensor, counts: Tensor, inverse: bool) -> Tensor:
-    """All stages in one pass over the rows."""
+# Defined by hand, not by `custom_op`: for a few rows that wrapper costs more than the rotation.
+torch.library.define(
+    "bfmoe::rotate_cpu", "(Tensor x, Tensor angles, Tensor counts, bool inverse) -> Tensor"
+)
+torch.library.define(
+    "bfmoe::rotate_cpu_backward",
+    "(Tensor y, Tensor grad, Tensor angles, Tensor counts, bool inverse) -> (Tensor, Tensor)",
+)
+rotation = torch.ops.bfmoe.rotate_cpu.default
+rotation_backward = torch.ops.bfmoe.rotate_cpu_backward.default
+
+
+@torch.library.impl("bfmoe::rotate_cpu", "CPU")
+def _rotation(x: Tensor, angles: Tensor, counts: Tensor, inverse: bool) -> Tensor:
     x, angles = x.contiguous(), angles.contiguous()
     y = torch.empty_like(x)
     _call("bfmoe_rotate", x, angles, counts, inverse, y)
     return y
 
 
-@rotation.register_fake
+@torch.library.register_fake("bfmoe::rotate_cpu")
 def _(x: Tensor, angles: Tensor, counts: Tensor, inverse: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("bfmoe::rotate_cpu_backward", mutates_args=(), device_types="cpu")
-def rotation_backward(
+@torch.library.impl("bfmoe::rotate_cpu_backward", "CPU")
+def _rotation_backward(
     y: Tensor, grad: Tensor, angles: Tensor, counts: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by the rows and by the angles, from the output alone."""
     y, grad, angles = y.contiguous(), grad.contiguous(), angles.contiguous()
     dx, dangles = torch.empty_like(y), torch.empty_like(angles)
     _call("bfmoe_rotate_backward", y, angles, counts, inverse, grad, dx, dangles)
     return dx, dangles
 
 
-@rotation_backward.register_fake
+@torch.library.register_fake("bfmoe::rotate_cpu_backward")
 def _(
     y: Tensor, grad: Tensor, angles: Tensor, counts: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -195,5 +205,5 @@ def _no_second(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tupl
     )
 
 
-rotation.register_autograd(_backward, setup_context=_setup)
-rotation_backward.register_autograd(_no_second)
+torch.library.register_autograd("bfmoe::rotate_cpu", _backward, setup_context=_setup)
+torch.library.register_autograd("bfmoe::rotate_cpu_backward", _no_second)
