@@ -101,6 +101,7 @@ def inspect(target: str, init: dict[str, Any] | None = None, num_experts: int = 
 
 def _inspect_file(path: Path, console: Console) -> None:
     from lightning_bfmoe.deploy import inspect_packed
+    from lightning_bfmoe.layers.state import decode_extra_state
 
     if path.suffix != ".ckpt":
         console.print(inspect_packed(path))
@@ -108,18 +109,15 @@ def _inspect_file(path: Path, console: Console) -> None:
     import torch
 
     try:
-        state = torch.load(path, map_location="meta", weights_only=True)["state_dict"]
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     except Exception as error:
         raise CheckpointError(
             "a .ckpt file is a Lightning checkpoint that loads without running code",
             got=f"{path.name}: {type(error).__name__}: {str(error).splitlines()[0]}",
             fix="Packed files need no .ckpt suffix.",
         ) from error
-    layers = {
-        key.removesuffix("._extra_state"): value
-        for key, value in state.items()
-        if isinstance(value, dict) and str(value.get("kind", "")).startswith("Butterfly")
-    }
+    found = {key.removesuffix("._extra_state"): decode_extra_state(v) for key, v in state.items()}
+    layers = {n: v for n, v in found.items() if v and v.get("kind", "").startswith("Butterfly")}
     owned = {name for name in layers if any(name == f"{other}.experts" for other in layers)}
     console.print(f"{path.name}: {len(layers) - len(owned)} ButterflyMoE layers")
     for name, value in layers.items():

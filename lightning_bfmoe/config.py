@@ -60,7 +60,9 @@ class ButterflyMoEConfig:
     dropout: float | None = None
     """Probability on the hidden units. None: the swapped block's own."""
     balance_rate: float = 1e-3
-    """Step of the gradient-free balance bias per optimizer step (logit units); 0 turns it off."""
+    """Step of the gradient-free balance bias per optimizer step; 0 turns it off.
+
+    The bias is added to sigmoid scores in (0, 1) and outweighs them after 1 / balance_rate steps."""
     switch_weight: float = 0.0
     """Weight of the Switch load-balance loss (loss units; 0.01 is usual)."""
     z_weight: float = 0.0

@@ -108,7 +108,7 @@ def butterfly_moe_reference(
     rows = []
     for x_t in x:
         logits = router @ x_t  # (experts,)
-        score = logits if balance_bias is None else logits + balance_bias
+        score = logits if balance_bias is None else logits.sigmoid() + balance_bias
         chosen = score.topk(top_k).indices  # (k,)
         weights = logits[chosen].softmax(dim=0)  # (k,), sums to 1
         outputs = [feed_forward_expert(int(i), x_t, up, down, gate, activation) for i in chosen]

@@ -24,10 +24,11 @@ def route_top_k(
 ) -> TopK:
     r"""Choose k experts a token; their weights are a softmax over the chosen logits.
 
-    .. math:: S = \operatorname{topk}(\ell + b),\qquad
+    .. math:: S = \operatorname{topk}(\sigma(\ell) + b),\qquad
        w_i = \frac{e^{\ell_i}}{\sum_{j \in S} e^{\ell_j}},\ i \in S
 
-    The bias b steers the choice only; the weights, and so the gradient, never see it.
+    The bias b steers the choice only; the weights, and so the gradient, never see it. It is added
+    to sigmoid scores, which lie in (0, 1), so that a bias of 1 outweighs any logit.
 
     Example:
         >>> route_top_k(torch.tensor([[0.0, 2.0, 2.0]]), k=2).weights.tolist()
@@ -36,7 +37,7 @@ def route_top_k(
     Args:
         logits: Router output, float32 or wider.
         k: Experts a token, 1 <= k <= experts.
-        balance_bias: Added to the logits for the choice.
+        balance_bias: Added to the sigmoid scores for the choice; None chooses by the logits.
 
     Raises:
         ConfigError: k is out of range.
@@ -50,7 +51,9 @@ def route_top_k(
             got=f"top_k={k}, num_experts={num_experts}",
             fix=f"Use top_k={num_experts} or fewer.",
         )
-    score = logits.detach() if balance_bias is None else logits.detach() + balance_bias
+    score = logits.detach()
+    if balance_bias is not None:
+        score = score.sigmoid() + balance_bias
     experts = score.topk(k, dim=-1).indices  # (tokens, k)
     weights = logits.gather(-1, experts).softmax(dim=-1)  # (tokens, k)
     return TopK(experts, weights, logits.softmax(dim=-1))
@@ -148,6 +151,8 @@ def combine(
 ) -> Float[Tensor, "tokens d"]:
     """Bring the rows back to their tokens and add them up with the routing weights."""
     tokens, k = weights.shape
+    if tokens == 0:
+        return rows.new_zeros(0, rows.shape[1])
     back = torch.empty_like(groups.order)
     back[groups.order] = torch.arange(tokens * k, device=rows.device)
     slots = rows.index_select(0, back).reshape(tokens, k, -1)  # (tokens, k, d)

@@ -1,6 +1,6 @@
 """The experts' feed-forward network without a router: for models that bring their own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from lightning_bfmoe.errors import ConfigError, ShapeError
 from lightning_bfmoe.functional.routing import combine, dispatch, group_by_expert
 from lightning_bfmoe.layers.activation import Activation
 from lightning_bfmoe.layers.linear import ButterflyLinear
+from lightning_bfmoe.layers.one_expert import OneExpert
 from lightning_bfmoe.layers.precision import KeepsFloat32
 from lightning_bfmoe.layers.state import RemembersSettings
 
@@ -26,6 +27,8 @@ class ButterflyExperts(RemembersSettings, KeepsFloat32):
         >>> ids, weights = torch.tensor([[0, 3]]), torch.tensor([[0.5, 0.5]])
         >>> experts(torch.randn(1, 16), ids, weights).shape
         torch.Size([1, 16])
+        >>> len(experts), experts[2](torch.randn(5, 16)).shape
+        (4, torch.Size([5, 16]))
 
     Args:
         d_model: Width of a token.
@@ -141,6 +144,16 @@ class ButterflyExperts(RemembersSettings, KeepsFloat32):
             self.down.weight.to(mixed.dtype),
             None if self.down.bias is None else self.down.bias.to(mixed.dtype),
         ).to(x.dtype)
+
+    def __len__(self) -> int:
+        return self.num_experts
+
+    def __getitem__(self, index: int) -> OneExpert:
+        """One expert as a function, as a `ModuleList` of experts would give it."""
+        return OneExpert(self, range(self.num_experts)[index])
+
+    def __iter__(self) -> Iterator[OneExpert]:
+        return (self[i] for i in range(self.num_experts))
 
     def linears(self) -> dict[str, ButterflyLinear]:
         """The rotated matrices by role: up, gate (when gated), down (when rotated)."""

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from lightning_bfmoe.errors import ShapeError
 from lightning_bfmoe.functional.activation_quant import check_bits, quantize_activations
 from lightning_bfmoe.functional.butterfly import apply_butterfly
-from lightning_bfmoe.functional.routing import ExpertGroups
+from lightning_bfmoe.functional.routing import ExpertGroups, group_by_expert
+from lightning_bfmoe.kernels import rotate
 from lightning_bfmoe.layers.precision import KeepsFloat32
 from lightning_bfmoe.layers.rotation import Rotation
 from lightning_bfmoe.layers.substrate import PackedSubstrate, Substrate
@@ -84,14 +85,14 @@ class ButterflyLinear(KeepsFloat32):
     def forward(self, x: Tensor, groups: ExpertGroups) -> Tensor:
         """Rows (rows, d_in), sorted by expert, to (rows, d_out) in the dtype of `x`."""
         if self.gain_in is not None:
-            x = x * self.gain_in.to(x.dtype)[groups.expert]
+            x = x * self.gain_in.to(x.dtype).index_select(0, groups.expert)
         x = self.rotate_in(x, groups, inverse=True)  # (rows, d_in)
         if self.activation_bits is not None:
             x = quantize_activations(x, self.activation_bits, self.substrate.blend)
         y = F.linear(x, self.substrate.weight(x.dtype))  # (rows, d_out)
         y = self.rotate_out(y, groups)
         if self.gain_out is not None:
-            y = y * self.gain_out.to(y.dtype)[groups.expert]
+            y = y * self.gain_out.to(y.dtype).index_select(0, groups.expert)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
@@ -130,8 +131,8 @@ class ButterflyLinear(KeepsFloat32):
         wide = weight.detach().to(device, torch.float64)
         theta, phi = (r.angles.double().mean(dim=0) for r in (self.rotate_in, self.rotate_out))
         # B^T applied to each row of a matrix is the matrix times B
-        wide = apply_butterfly(wide, theta.to(device), inverse=True)  # W B(theta)
-        wide = apply_butterfly(wide.T, phi.to(device), inverse=True).T  # B(phi)^T W B(theta)
+        wide = _rotate_all(wide, theta.to(device))  # W B(theta)
+        wide = _rotate_all(wide.T, phi.to(device)).T  # B(phi)^T W B(theta)
         latent.copy_(wide)
         if self.bias is not None:
             self.bias.zero_() if bias is None else self.bias.copy_(bias)
@@ -149,3 +150,9 @@ class ButterflyLinear(KeepsFloat32):
     def extra_repr(self) -> str:
         """Sizes shown by `print(model)`."""
         return f"{self.d_in} -> {self.d_out}, num_experts={self.num_experts}"
+
+
+def _rotate_all(rows: Tensor, angles: Tensor) -> Tensor:
+    """B(angles)^T on each row, through the fast kernel: all rows belong to one expert."""
+    one = group_by_expert(torch.zeros(rows.shape[0], 1, dtype=torch.int64, device=rows.device), 1)
+    return rotate(rows, angles.unsqueeze(0), one, inverse=True)

@@ -36,7 +36,7 @@ class ButterflyMoE(RemembersSettings, KeepsFloat32):
         d_ff: Hidden width, >= 2.
         num_experts: Experts, >= 1.
         top_k: Experts a token.
-        balance_rate: Step of the gradient-free balance bias (logit units).
+        balance_rate: Step of the gradient-free balance bias, on scores in (0, 1).
         switch_weight: Weight of the Switch loss (loss units).
         z_weight: Weight of the router z-loss (loss units).
         router_noise: Standard deviation of the logit noise in training (logit units).

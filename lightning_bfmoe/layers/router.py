@@ -32,13 +32,13 @@ class Routing(NamedTuple):
 
 
 class TopKRouter(KeepsFloat32):
-    r"""logits = W x in float32; top-k of logits + balance bias; softmax over the chosen.
+    r"""logits = W x in float32; top-k of sigmoid(logits) + balance bias; softmax over the chosen.
 
     Args:
         d_model: Width of a token.
         num_experts: Experts.
         top_k: Experts a token.
-        balance_rate: Step u of the balance bias (logit units); 0 turns it off.
+        balance_rate: Step u of the balance bias, on scores in (0, 1); 0 turns it off.
         switch_weight: Weight of the Switch loss.
         z_weight: Weight of the z-loss.
         noise: Standard deviation of the noise on the logits in training (logit units).

@@ -1,18 +1,46 @@
 """What a layer writes into a state_dict besides its tensors: its settings, lambda and placement."""
 
+import json
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_bfmoe.errors import CheckpointError
 
 STATE_VERSION = 1
 
 
+def encode_extra_state(data: dict[str, Any]) -> Tensor:
+    """Plain data as the uint8 tensor of its JSON text.
+
+    A tensor, because much code assumes that a state_dict holds nothing else: `{k: v.cpu() ...}`,
+    safetensors, `save_pretrained`.
+    """
+    text = json.dumps(data, sort_keys=True, allow_nan=False).encode()
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).clone()
+
+
+def decode_extra_state(value: Any) -> dict[str, Any] | None:
+    """What `encode_extra_state` wrote; None for anything else.
+
+    Example:
+        >>> decode_extra_state(encode_extra_state({"blend": 0.5}))
+        {'blend': 0.5}
+    """
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.is_meta:
+        return None
+    try:
+        data = json.loads(bytes(value.cpu().tolist()))
+    except ValueError:
+        return None
+    return data if isinstance(data, dict) else None
+
+
 class RemembersSettings(nn.Module):
     """Mixin: settings travel in the state_dict, so that a checkpoint alone rebuilds the layer.
 
-    They are plain data (`torch.load(weights_only=True)` reads them), survive
+    They are one small uint8 tensor (`torch.load(weights_only=True)` reads it), survive
     `save_weights_only=True`, and are compared when a state is loaded.
     """
 
@@ -31,15 +59,17 @@ class RemembersSettings(nn.Module):
         """Set lambda of the layer."""
         raise AttributeError("a layer with settings has a blend")  # overridden by each layer
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Plain data: version, class name, settings, lambda, placement."""
-        return {
-            "version": STATE_VERSION,
-            "kind": type(self).__name__,
-            "settings": dict(self.settings),
-            "blend": self.blend,
-            "placement": self.placement,
-        }
+    def get_extra_state(self) -> Tensor:
+        """Version, class name, settings, lambda and placement, see `decode_extra_state`."""
+        return encode_extra_state(
+            {
+                "version": STATE_VERSION,
+                "kind": type(self).__name__,
+                "settings": self.settings,
+                "blend": self.blend,
+                "placement": self.placement,
+            }
+        )
 
     def set_extra_state(self, state: Any) -> None:
         """Take over lambda after checking that the settings agree.
@@ -47,8 +77,9 @@ class RemembersSettings(nn.Module):
         Raises:
             CheckpointError: Another version, class or setting.
         """
-        if not isinstance(state, dict):
+        if not isinstance(state, Tensor) or state.is_meta:
             return  # torch.distributed.checkpoint passes a placeholder first
+        state = decode_extra_state(state) or {}
         if state.get("version") != STATE_VERSION or state.get("kind") != type(self).__name__:
             raise CheckpointError(
                 f"the checkpoint holds version {STATE_VERSION} of a {type(self).__name__}",

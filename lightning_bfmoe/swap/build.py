@@ -17,7 +17,6 @@ from lightning_bfmoe.layers import CUSTOM, ButterflyExperts, ButterflyMoE
 from lightning_bfmoe.layers.surgery import ReplacementPlan, find_slot
 from lightning_bfmoe.swap.blocks import relative_error
 from lightning_bfmoe.swap.candidate import Candidate
-from lightning_bfmoe.swap.expert_list import ExpertList
 from lightning_bfmoe.swap.experts import mix_experts, routing_on_probe
 from lightning_bfmoe.swap.fit import expert_spread, fit_experts, weight_error
 from lightning_bfmoe.swap.probe import probe_input, run_on_probe
@@ -27,7 +26,6 @@ Layer = ButterflyMoE | ButterflyExperts
 KINDS: dict[str, type[Layer]] = {
     "ButterflyMoE": ButterflyMoE,
     "ButterflyExperts": ButterflyExperts,
-    "ExpertList": ExpertList,
 }
 
 
@@ -105,7 +103,7 @@ def plan_settings(c: Candidate, config: ButterflyMoEConfig) -> tuple[str, Butter
         return "ButterflyMoE", config
     count = len(c.experts)
     config = dataclasses.replace(config, num_experts=count, top_k=min(config.top_k, count))
-    return ("ExpertList" if c.family == "expert-list" else "ButterflyExperts"), config
+    return "ButterflyExperts", config
 
 
 def finish_layer(layer: Layer, originals: list[nn.Module], output_dropout: float) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_bfmoe.errors import BFMoEError, SwapError
 from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE
+from lightning_bfmoe.layers.state import decode_extra_state
 from lightning_bfmoe.layers.surgery import ReplacementPlan, check_form, find_slot, rebase
 from lightning_bfmoe.swap.build import KINDS, activation_from_model, finish_layer
 from lightning_bfmoe.swap.quiet import keep_rng, plain_defaults
@@ -77,7 +78,8 @@ def plan_from_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     entries: dict[str, ReplacementPlan] = {}
     for key, state in state_dict.items():
         place, _, suffix = key.rpartition(".")
-        if suffix != _SUFFIX or not isinstance(state, dict) or not state.get("placement"):
+        state = decode_extra_state(state) if suffix == _SUFFIX else None
+        if state is None or not state.get("placement"):
             continue
         written = check_form(state["placement"])
         if place in {alias for entry in entries.values() for alias in entry["aliases"]}:

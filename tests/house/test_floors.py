@@ -15,7 +15,7 @@ import pytest
 
 # floor, rooms, what lives there
 HOUSE = [
-    (5, ["callbacks", "strategy", "cli", "demo", "checkpoint"], "the only code that imports lightning"),
+    (5, ["callbacks", "strategy", "cli", "demo", "checkpoint"], "all that imports lightning"),
     (4, ["plan"], "when: step -> lambda, angle factor, phase; parameter groups"),
     (3, ["swap", "calibrate", "deploy", "viz", "metrics", "data"], "wings, apart from one another"),
     (2, ["layers"], "nn.Modules: rotation, substrate, router, the layer"),

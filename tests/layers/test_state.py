@@ -10,6 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bfmoe.errors import CheckpointError, ConfigError, ShapeError
@@ -20,6 +21,7 @@ from lightning_bfmoe.layers import (
     moe_layers,
     parameter_roles,
 )
+from lightning_bfmoe.layers.state import decode_extra_state, encode_extra_state
 
 
 def build(**settings):
@@ -54,7 +56,8 @@ def test_a_state_of_other_settings_is_refused():
     with pytest.raises(CheckpointError, match="scale: layer 'lstsq', checkpoint 'absmean'"):
         build().load_state_dict(state)
     state = build().state_dict()
-    state["_extra_state"] = {**state["_extra_state"], "version": 99}
+    newer = {**decode_extra_state(state["_extra_state"]), "version": 99}
+    state["_extra_state"] = encode_extra_state(newer)
     with pytest.raises(CheckpointError, match="got version 99 of ButterflyMoE"):
         build().load_state_dict(state)
 
@@ -68,11 +71,23 @@ def test_narrow_casts_keep_our_parameters_float32(cast):
     cast(model)
     assert model[0].weight.dtype in (torch.bfloat16, torch.float16)
     for name, value in model[1].state_dict().items():
-        if isinstance(value, torch.Tensor):
+        if not name.endswith("_extra_state"):
             assert torch.equal(value, before[name]) and value.dtype == torch.float32
     assert model(torch.randn(3, 12, dtype=model[0].weight.dtype)).dtype == model[0].weight.dtype
     model.double()
     assert model[1].router.weight.dtype == torch.float64
+
+
+def test_a_state_dict_holds_nothing_but_tensors(tmp_path):
+    layer = build(activation=torch.nn.PReLU())
+    state = {name: value.cpu().clone() for name, value in layer.state_dict().items()}
+    save_file(state, tmp_path / "s.safetensors")
+    twin = build(activation=torch.nn.PReLU(), seed=4)
+    twin.load_state_dict(load_file(tmp_path / "s.safetensors"))
+    x = torch.randn(5, 12)
+    assert torch.equal(twin(x), layer(x))
+    assert decode_extra_state(torch.tensor([7], dtype=torch.uint8)) is None
+    assert decode_extra_state("placeholder") is None
 
 
 def test_meta_and_back():

@@ -8,6 +8,7 @@ import torch
 
 from lightning_bfmoe import ButterflyMoECallback, load_from_checkpoint
 from lightning_bfmoe.layers import moe_layers
+from lightning_bfmoe.layers.state import decode_extra_state
 from lightning_bfmoe.plan import Plan
 from tests.lightning.modules import (
     MODULES,
@@ -106,7 +107,8 @@ def test_checkpoints_are_plain_data(place, tmp_path):
     trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     for file in (path, tmp_path / "weights.ckpt"):
         checkpoint = torch.load(file, weights_only=True)
-        assert checkpoint["state_dict"]["net.0.mlp._extra_state"]["blend"] == 1.0
+        extra = decode_extra_state(checkpoint["state_dict"]["net.0.mlp._extra_state"])
+        assert extra["blend"] == 1.0
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -10,7 +10,6 @@ from torch import nn
 from lightning_bfmoe.errors import SwapError
 from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE, set_blend
 from lightning_bfmoe.swap import apply_swap_plan, find_feed_forward, restore, swap_feed_forward
-from lightning_bfmoe.swap.expert_list import ExpertList
 from lightning_bfmoe.swap.fit import fit_experts, weight_error
 from lightning_bfmoe.swap.probe import probe_block
 from tests.swap.zoo import Expert, ListMoE, Plain, mixtral, relative, run, state
@@ -111,7 +110,7 @@ def test_an_expert_list_is_indexed_like_the_module_list():
     experts = model.mlp.experts
     set_blend(model, 0.0)
     x = torch.randn(2, 3, 16)
-    assert isinstance(experts, ExpertList)
+    assert isinstance(experts, ButterflyExperts)
     assert (len(experts), len(list(experts))) == (4, 4)
     assert relative(experts[-1](x), expert(x)) < 1e-5
     assert experts[1](x[:0]).shape == (0, 3, 16)
