@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 POISONED_CALLER = "lightning_bfmoe"
 
@@ -45,6 +46,8 @@ def poisoning(original):
 
 
 def pytest_configure(config):
+    # `with torch.device(...)` knows the factories by identity, from a cache: fill it first.
+    _device_constructors()
     for owner, name in [
         (torch, "empty"),
         (torch, "empty_like"),

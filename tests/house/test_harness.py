@@ -41,6 +41,12 @@ def test_meta_tensors_pass():
     assert evaluate("torch.empty(3, device='meta')", "lightning_bfmoe.layers.any").is_meta
 
 
+def test_a_device_context_still_works():
+    with torch.device("meta"):
+        assert torch.nn.Linear(2, 2).weight.is_meta
+        assert evaluate("torch.empty(3)", "lightning_bfmoe.layers.any").is_meta
+
+
 def test_a_compiled_graph_stays_whole():
     source = "def double(x):\n    y = torch.empty_like(x)\n    return y.copy_(x) * 2\n"
     scope = {"torch": torch, "__name__": "lightning_bfmoe.layers.any"}
