@@ -9,11 +9,13 @@ import contextlib
 import os
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -77,9 +79,9 @@ def load_from_checkpoint(
 
 
 def _read(path: str, weights_only: bool) -> Mapping[str, Any]:
-    """The checkpoint without the values of its tensors."""
+    """The checkpoint, its tensors left on the disk where that is possible."""
     try:
-        checkpoint = _load(path, map_location="meta", weights_only=weights_only)  # type: ignore[arg-type]
+        checkpoint = _load_lazily(path, weights_only)
     except OSError:
         raise
     except Exception as error:  # a foreign file may raise anything
@@ -98,6 +100,12 @@ def _read(path: str, weights_only: bool) -> Mapping[str, Any]:
             fix="Save it with Trainer.save_checkpoint or ModelCheckpoint.",
         )
     return checkpoint
+
+
+def _load_lazily(path: str, weights_only: bool) -> Any:
+    if zipfile.is_zipfile(path):  # a local file in torch's present format
+        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    return _load(path, map_location="cpu", weights_only=weights_only)  # type: ignore[arg-type]
 
 
 def _read_plan(state: Mapping[str, Any], path: str, cls: type) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_bfmoe.layers.state import decode_extra_state
+
 D, HIDDEN, CLASSES = 8, 16, 3
 PLACES = ("init", "setup", "configure_model")
 
@@ -147,6 +149,11 @@ def make_trainer(tmp_path, *callbacks, **settings) -> L.Trainer:
     if settings.get("barebones"):
         quiet = {"accelerator": "cpu", "devices": 1, "max_epochs": 1}
     return L.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **{**quiet, **settings})
+
+
+def blend_in(state_dict, layer: str = "net.0.mlp") -> float:
+    """Lambda as a checkpoint's state_dict holds it."""
+    return decode_extra_state(state_dict[f"{layer}._extra_state"])["blend"]
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
