@@ -62,7 +62,7 @@ class ButterflyMoEConfig:
     balance_rate: float = 1e-3
     """Step of the gradient-free balance bias per optimizer step; 0 turns it off.
 
-    The bias is added to sigmoid scores in (0, 1) and outweighs them after 1 / balance_rate steps."""
+    The bias is added to sigmoid scores in (0, 1); 1 / balance_rate steps outweigh them."""
     switch_weight: float = 0.0
     """Weight of the Switch load-balance loss (loss units; 0.01 is usual)."""
     z_weight: float = 0.0

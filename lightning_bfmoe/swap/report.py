@@ -99,28 +99,24 @@ class SwapReport:
 
     def __rich__(self) -> Any:
         """A rich table."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         title = "ButterflyMoE swap" + (" (dry run: nothing was changed)" if self.dry_run else "")
-        table = Table(title=title, show_footer=True, caption=_caption(self))
+        table = Table(title=title, show_footer=True, caption=_caption(self), box=SIMPLE_HEAD)
+        table.padding = (0, 1, 0, 0)
         totals = self.totals()
         columns: list[tuple[str, Callable[[SwappedBlock], str], str]] = [
             ("block", _place, f"{len(self.blocks)} blocks"),
-            ("family", lambda b: b.family, ""),
             ("widths", _widths, ""),
-            (
-                "experts",
-                lambda b: str(b.num_experts) + (" (own router)" if b.own_router else ""),
-                "",
-            ),
-            ("params", lambda b: _count(b.parameters_before), _count(totals["parameters_before"])),
-            ("now", lambda b: _count(b.parameters_after), _count(totals["parameters_after"])),
+            ("experts", _experts, ""),
+            ("parameters", _parameters, _parameters(totals)),
             ("bytes", lambda b: _size(b.bytes_before), _size(totals["bytes_before"])),
             ("packed", lambda b: _size(b.packed_bytes), _size(totals["packed_bytes"])),
             ("error", _error, ""),
         ]
         for name, _, foot in columns:
-            right = name not in ("block", "family", "widths", "experts")
+            right = name not in ("block", "widths")
             table.add_column(
                 name, footer=foot, justify="right" if right else "left", overflow="fold"
             )
@@ -132,7 +128,7 @@ class SwapReport:
         from rich.console import Console
 
         out = io.StringIO()
-        Console(file=out, width=118).print(self)
+        Console(file=out, width=100).print(self)
         return out.getvalue().rstrip("\n")
 
 
@@ -142,7 +138,20 @@ def _place(block: SwappedBlock) -> str:
 
 def _widths(block: SwappedBlock) -> str:
     gate = ", gated" if block.gated else ""
-    return f"{block.d_model} > {block.d_ff} > {block.d_out} {block.activation}{gate}"
+    return f"{block.d_model}>{block.d_ff}>{block.d_out} {block.activation}{gate}"
+
+
+def _experts(block: SwappedBlock) -> str:
+    return str(block.num_experts) + (" (own router)" if block.own_router else "")
+
+
+def _parameters(of: "SwappedBlock | dict[str, int]") -> str:
+    before, after = _numbers(of, "parameters_before", "parameters_after")
+    return f"{_count(before)} > {_count(after)}"
+
+
+def _numbers(of: "SwappedBlock | dict[str, int]", *names: str) -> list[int]:
+    return [of[name] if isinstance(of, dict) else getattr(of, name) for name in names]
 
 
 def _error(block: SwappedBlock) -> str:
@@ -150,9 +159,7 @@ def _error(block: SwappedBlock) -> str:
 
 
 def _caption(report: SwapReport) -> str:
-    lines = [
-        "bytes: as held before. packed: 1.6-bit trits, fp16 angles. error: at the present lambda."
-    ]
+    lines = ["bytes: as held before; packed: 1.6-bit trits, fp16 angles; error: at this lambda"]
     groups: dict[tuple[str, str], list[str]] = {}
     for row in report.skipped:
         groups.setdefault((row["status"], row["reason"]), []).append(row["path"])
@@ -168,14 +175,14 @@ def _caption(report: SwapReport) -> str:
 def _count(number: int) -> str:
     for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if number >= unit:
-            return f"{number / unit:.1f}{name}"
+            return f"{number / unit:.3g}{name}"
     return str(number)
 
 
 def _size(number: int) -> str:
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if number >= unit:
-            return f"{number / unit:.1f} {name}"
+            return f"{number / unit:.3g} {name}"
     return f"{number} B"
 
 

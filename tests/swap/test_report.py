@@ -27,10 +27,10 @@ def test_the_table_can_be_read():
     text = str(swap_feed_forward(model, include="*.0.mlp", dry_run=True))
     assert "dry run: nothing was changed" in text
     assert "transformer.h.0.mlp" in text
-    assert "32 > 128 > 32 gelu_tanh" in text
-    assert "left alone (ready): transformer.h.1.mlp" in text
+    assert "32>128>32 gelu_tanh" in text
+    assert "left alone (ready): transformer.h.1.mlp" in " ".join(text.split())
     assert "1 blocks" in text
-    assert max(map(len, text.splitlines())) <= 118
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_to_dict_is_json_and_adds_up():
