@@ -12,6 +12,8 @@ from lightning_bfmoe import __version__, pack
 from lightning_bfmoe.cli import main
 from lightning_bfmoe.layers import ButterflyMoE
 
+PLAN = ["plan", "--d_model", "8", "--d_ff", "8", "--num_experts", "2"]
+
 
 @pytest.fixture(autouse=True)
 def _wide_console(monkeypatch):

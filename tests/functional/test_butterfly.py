@@ -62,6 +62,18 @@ def test_every_output_depends_on_every_input(d):
     assert (matrix.abs() > 0).all(), f"{int((matrix == 0).sum())} entries of {d}x{d} are zero"
 
 
+@pytest.mark.parametrize("sizes", [range(2, 400), (768, 1536, 2047, 3072)])
+def test_the_network_joins_every_pair_of_coordinates(sizes):
+    """Which inputs can reach a coordinate, as bits of an integer: exact, without any angle."""
+    for d in sizes:
+        reach = [1 << i for i in range(d)]
+        first, second = stage_pairs(d)
+        for a, b in zip(first.tolist(), second.tolist(), strict=True):
+            for i, j in zip(a, b, strict=True):
+                reach[i] = reach[j] = reach[i] | reach[j]
+        assert all(r == (1 << d) - 1 for r in reach), f"d={d} is not fully mixed"
+
+
 @pytest.mark.parametrize("d", [2, 8, 64, 768, 8192])
 def test_even_sizes_need_only_log2_stages(d):
     assert num_stages(d) == math.ceil(math.log2(d))
