@@ -110,7 +110,9 @@ def runs(mode: str) -> dict[str, object]:
         table |= {
             "paper preset 8 top-2": butterfly(preset="paper", num_experts=8),
             "butterfly 8 top-2, angles frozen": butterfly(num_experts=8, freeze=True, **start),
-            "butterfly 8 top-2, angle lr x1": butterfly(num_experts=8, angle_lr_factor=1.0, **start),
+            "butterfly 8 top-2, angle lr x1": butterfly(
+                num_experts=8, angle_lr_factor=1.0, **start
+            ),
         }
     return table
 
@@ -228,7 +230,11 @@ def prepare(folder: Path, corpus: str) -> None:
     parts = {"train": text.train.encode(), "tuning": held[:middle], "test": held[middle:]}
     for name, value in parts.items():
         (folder / f"{name}.bin").write_bytes(value)
-    origin = {"corpus": corpus, "sha256": text.sha256, "bytes": {k: len(v) for k, v in parts.items()}}
+    origin = {
+        "corpus": corpus,
+        "sha256": text.sha256,
+        "bytes": {k: len(v) for k, v in parts.items()},
+    }
     (folder / "origin.json").write_text(json.dumps(origin))
 
 
@@ -246,11 +252,16 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     started, longest = time.perf_counter(), 0.0
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    commit = (
+        os.environ.get("COMMIT")
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+    )  # a copy of the tree elsewhere has no git: set COMMIT there
     about = {
         "size": options.size, **size, "judge_split": options.judge,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__, "commit": commit.stdout.strip(),
+        "torch": torch.__version__, "commit": commit,
         "data": json.loads((Path(options.data) / "origin.json").read_text()),
     }  # fmt: skip
     records = {}
@@ -259,7 +270,8 @@ def run(options: argparse.Namespace) -> None:
         records = json.loads(path.read_text())["runs"]
     for mode in options.modes.split(","):
         table = variants(mode) if options.judge == "tuning" else runs(mode)
-        table = {n: h for n, h in table.items() if options.only in n}
+        if options.only:
+            table = {n: table[n] for n in options.only.split(",") if n in table}
         for seed in map(int, options.seeds.split(",")):
             todo = [n for n in table if f"{mode} | {n} | {seed}" not in records]
             base = None
@@ -315,7 +327,7 @@ def main() -> None:
     parser.add_argument("--modes", default="scratch,continue")
     parser.add_argument("--judge", choices=["test", "tuning"], default="test")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="Names of runs, comma-separated.")
     parser.add_argument("--limit", type=float, default=math.inf, help="Seconds.")
     parser.add_argument("--out", default=str(RESULTS))
     options = parser.parse_args()
