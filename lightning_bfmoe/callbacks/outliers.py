@@ -37,9 +37,6 @@ class ActivationOutliers(pl.Callback):
     matrices as ``outliers/<measure>_before``. A monitor never stops a training: where activations
     are NaN, so are the measures.
 
-    The loggers get the values of the steps they log, so let the Trainer's `log_every_n_steps`
-    divide `every_n_steps` (both are 50 by default).
-
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[ActivationOutliers(every_n_steps=100)], logger=False)
@@ -139,14 +136,14 @@ class ActivationOutliers(pl.Callback):
         self._switch(False)  # validation may come before the next batch
         due = self.interval.is_due
         if self.interval.tick(trainer.global_step) and due and self._sites:
-            self._report(trainer, pl_module)
+            self._report(trainer)
 
     def _switch(self, active: bool) -> None:
         for site in self._sites:
             site.active = active
 
     @torch.no_grad()
-    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _report(self, trainer: pl.Trainer) -> None:
         """Reduce all sites of all ranks at once, log, and start afresh."""
         local = torch.cat([site.moments for site in self._sites])  # (columns, moments)
         moments = merge_moments(gather_ranks(trainer, local))
@@ -154,17 +151,20 @@ class ActivationOutliers(pl.Callback):
         table = torch.stack([computed[name] for name in self.measures])  # (measures, columns)
         columns = [(site, view) for site in self._sites for view in site.views]
         seen = (moments[:, 0] > 0).tolist()  # a layer that was not called has no rows
-        values: dict[str, Tensor] = {}
+        rows = table.tolist()  # the one copy from the device
+        values: dict[str, float] = {}
         prefix = "outliers" if self.name is None else f"outliers/{self.name}"
         for view in dict.fromkeys(view for _, view in columns):
             at = [i for i, (s, v) in enumerate(columns) if s.rotated and v == view and seen[i]]
-            for name, row in zip(self.measures, table[:, at].mean(dim=1).float(), strict=True):
-                values |= {f"{prefix}/{name}_{view}": row} if at else {}
-        for name, row in zip(self.measures, table.float(), strict=True):
-            for (site, view), value, there in zip(columns, row.unbind(), seen, strict=True):
-                values |= {f"{prefix}/{site.path}/{name}_{view}": value} if there else {}
-        log_values(pl_module, values)
-        self.latest = dict(zip(values, torch.stack([*values.values()]).tolist(), strict=True))
+            for name, row in zip(self.measures, rows, strict=True):
+                if at:
+                    values[f"{prefix}/{name}_{view}"] = sum(row[i] for i in at) / len(at)
+        for name, row in zip(self.measures, rows, strict=True):
+            for (site, view), value, there in zip(columns, row, seen, strict=True):
+                if there:
+                    values[f"{prefix}/{site.path}/{name}_{view}"] = value
+        log_values(trainer, values)
+        self.latest = values
         for site in self._sites:
             site.moments.zero_()
 

@@ -120,9 +120,9 @@ class ExpertUsage(pl.Callback):
             return
         loads = self._reduced(trainer)
         layers = {name: _measure(load) for name, load in loads.items() if int(load.sum())}
-        log_values(pl_module, self._named(layers))
+        log_values(trainer, self._named(layers))
         if full:
-            self._close_interval(pl_module, loads, layers)
+            self._close_interval(loads, layers)
 
     def _switch(self, active: bool) -> None:
         for counter in self._counters:
@@ -144,12 +144,7 @@ class ExpertUsage(pl.Callback):
             values |= {f"{prefix}/{name}/{measure}": value for name, value in each.items()}
         return values
 
-    def _close_interval(
-        self,
-        pl_module: pl.LightningModule,
-        loads: dict[str, Tensor],
-        layers: dict[str, dict[str, Any]],
-    ) -> None:
+    def _close_interval(self, loads: dict[str, Tensor], layers: dict[str, dict[str, Any]]) -> None:
         self.history.append({"step": self.interval.clock.step, "layers": layers})
         if len(self.history) > self.max_history:
             del self.history[-2::-2]  # keeps the newest
