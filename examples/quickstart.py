@@ -9,6 +9,7 @@ Run ``make quickstart``; options: ``make quickstart ARGS=--help``.
 3. Each is written to a file; the final loss is that of the model read back from the file.
 """
 
+import importlib.metadata
 import json
 import logging
 import sys
@@ -17,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.panel import Panel
@@ -77,12 +77,12 @@ def _results(
 ) -> dict[str, Any]:
     """Numbers of the table and what they were measured with."""
     text = comparison.data.text
-    names = ("ffn_bytes", "file_bytes", "val_before", "val_after_swap", "val_final")
+    names = ("ffn_bytes", "file_bytes", "val_before", "val_after_swap", "val_final", "seconds")
     return {
         "settings": asdict(settings),
         "corpus": {"name": text.name, "origin": text.origin, "sha256": text.sha256},
-        "torch": torch.__version__,
-        "unit": "nats per token on held-out documents; bytes",
+        "torch": importlib.metadata.version("torch"),
+        "unit": "bytes; nats per token on held-out documents; seconds of training",
         "rows": {label: {name: row[name] for name in names} for label, row in rows.items()},
         "logits": {name: v for name, v in rows["ButterflyMoE"].items() if "logits" in name},
     }

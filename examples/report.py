@@ -56,15 +56,19 @@ def save_figure(
     path: Path, base: dict[str, Any], rows: dict[str, dict[str, Any]], title: str
 ) -> None:
     """Draw loss, lambda and expert load; written whole or not at all."""
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    grid = figure.add_gridspec(3, 1, height_ratios=[3, 1, 1.6])
-    loss, blend, load = (figure.add_subplot(grid[index]) for index in range(3))
+    figure = Figure(figsize=(10, 9), layout="constrained")
+    grid = figure.add_gridspec(4, 1, height_ratios=[2.4, 1.8, 0.8, 1.6])
+    loss, gap, blend, load = (figure.add_subplot(grid[index]) for index in range(4))
     figure.suptitle(title, fontsize=11)
     _draw_loss(loss, base["train_loss"], rows)
+    _draw_gap(gap, rows)
     _draw_blend(blend, rows)
     _draw_load(figure, load, rows["ButterflyMoE"]["load"])
-    for axes in (blend, load):
-        axes.set_xlim(-0.5, len(rows["ButterflyMoE"]["load"]) - 0.5)
+    steps = len(rows["ButterflyMoE"]["load"])
+    for axes in (gap, blend, load):
+        axes.set_xlim(-0.5, steps - 0.5)
+    for axes in (gap, blend):
+        axes.tick_params(labelbottom=False)
     load.set_xlabel("training step after the swap")
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -75,18 +79,28 @@ def save_figure(
 
 
 def _draw_loss(axes: Any, base: list[float], rows: dict[str, dict[str, Any]]) -> None:
-    axes.plot(range(-len(base), 0), _smooth(base), color="0.6", label="dense, before the swap")
+    level = _smooth(base)
+    axes.plot(range(-len(base), 0), level, color="0.6", label="dense, before the swap")
     for name, row in rows.items():
         color, line = STYLES[name]
-        curve = _smooth(row["train_loss"], start=_smooth(base)[-1])
+        curve = _smooth(row["train_loss"], start=level[-1])
         axes.plot(range(len(curve)), curve, line, color=color, label=name)
-        axes.plot(len(curve), row["val_final"], "o", color=color, markersize=5, clip_on=False)
     axes.axvline(0, color="0.8", zorder=0)
-    axes.set_ylabel("loss, nats per token\n(lines: training, smoothed;\ndots: held-out documents)")
+    axes.set_ylabel("training loss,\nnats per token, smoothed")
     axes.set_xlabel("training step; 0 is the swap")
-    tail = [value for row in rows.values() for value in (row["val_final"], row["val_before"])]
-    tail += [value for row in rows.values() for value in _smooth(row["train_loss"])]
-    axes.set_ylim(min(tail) - 0.15, max(tail) + 0.9)
+    axes.set_ylim(min(level[-1], *curve) - 0.4, level[0] + 0.1)
+    axes.legend(fontsize=8, ncols=2)
+
+
+def _draw_gap(axes: Any, rows: dict[str, dict[str, Any]]) -> None:
+    """All saw the same tokens at each step, so differences show what five noisy curves hide."""
+    dense = rows["dense"]
+    for name, row in rows.items():
+        color, line = STYLES[name]
+        gap = [a - b for a, b in zip(row["train_loss"], dense["train_loss"], strict=True)]
+        axes.plot(_smooth(gap, start=0.0), line, color=color, label=name)
+        axes.plot(len(gap) - 1, row["val_final"] - dense["val_final"], "o", color=color, ms=5)
+    axes.set_ylabel("loss minus dense's\n(lines: training, smoothed;\ndots: held-out, at the end)")
     axes.legend(fontsize=8, ncols=2)
 
 

@@ -1,8 +1,10 @@
 """Lightning callbacks of the quickstart: one remembers, one moves the lambda of the controls."""
 
+import time
 from typing import Any
 
 import lightning as L
+import torch
 from torch import nn
 
 from examples.controls import StandardMoE, set_blend
@@ -14,12 +16,22 @@ class History(L.Callback):
 
     ``train_loss`` (nats), ``blend`` (lambda; None where nothing is ternary) and ``load`` (for each
     expert of the last layer its share of the token slots, 1 when even; None for a dense model).
+    ``seconds`` is how long the training took, with ``threads`` threads.
     """
 
     def __init__(self) -> None:
         self.train_loss: list[float] = []
         self.blend: list[float | None] = []
         self.load: list[list[float] | None] = []
+        self.seconds = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.seconds = -time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        self.seconds += time.perf_counter()
 
     def on_train_batch_end(
         self,
@@ -35,9 +47,15 @@ class History(L.Callback):
         self.blend.append(_blend(feed_forward))
         self.load.append(_load(feed_forward))
 
-    def record(self) -> dict[str, list]:
-        """All three curves."""
-        return {"train_loss": self.train_loss, "blend": self.blend, "load": self.load}
+    def record(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "train_loss": self.train_loss,
+            "blend": self.blend,
+            "load": self.load,
+            "seconds": self.seconds,
+            "threads": torch.get_num_threads(),
+        }
 
 
 class BlendRamp(L.Callback):

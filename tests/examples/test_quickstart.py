@@ -129,6 +129,8 @@ def test_interrupt_leaves_finished_stages_and_no_result(arguments, tmp_path, mon
 def test_impossible_settings_are_found_out_before_any_training(arguments, tmp_path, capsys):
     assert quickstart.main([*arguments, "--top_k=5", f"--out={tmp_path / 'new'}"]) == 2
     assert "top_k must be at most num_experts" in capsys.readouterr().out
+    assert quickstart.main([*arguments, "--width=100", f"--out={tmp_path / 'new'}"]) == 2
+    assert "width a multiple of 32" in capsys.readouterr().out
     assert quickstart.main(["--corpus=no-such-text", f"--out={tmp_path / 'new'}"]) == 2
     assert "an existing path" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
