@@ -6,7 +6,7 @@ ARGS    ?=
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
-SPECS := pyproject.toml constraints.txt
+SPECS := pyproject.toml constraints.txt hatch_build.py $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

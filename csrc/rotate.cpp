@@ -2,8 +2,8 @@
 //
 // Rows come sorted by expert, as counts. Each thread takes a contiguous share of them, builds the
 // cosines of an expert when it meets one, and keeps them in its own cache: a table per expert is
-// never stored. Sums of angle gradients are formed in double, in an order that depends on the number
-// of threads only.
+// never stored. Sums of angle gradients are formed in double, in an order that depends only on the
+// number of threads.
 
 #include <algorithm>
 #include <cmath>

@@ -1,9 +1,12 @@
 """The wheel holds the package and the recipes and nothing else; the version is said once."""
 
 import importlib.metadata
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -14,15 +17,56 @@ import lightning_bfmoe
 ROOT = Path(__file__).parents[2]
 
 
+def build(kind: str, out: Path, **environment: str) -> tuple[Path, str]:
+    """A wheel or sdist built here, without isolation, so without a network; and what was said."""
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(out)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (path,) = out.glob("lightning_bfmoe-*")
+    return path, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The names inside a wheel built here, without isolation and so without a network."""
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (path,) = out.glob("*.whl")
-    return zipfile.ZipFile(path)
+    """The names inside a wheel, with compiled kernels where there is a compiler."""
+    return zipfile.ZipFile(build("wheel", tmp_path_factory.mktemp("dist"))[0])
+
+
+def compiled_in(names: list[str]) -> list[str]:
+    return [name for name in names if Path(name).suffix in {".so", ".dylib", ".dll"}]
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_a_compiler_makes_a_wheel_for_this_platform(wheel):
+    (library,) = compiled_in(wheel.namelist())
+    assert library.startswith("lightning_bfmoe/kernels/_bfmoe_cpu.")
+    assert Path(wheel.filename).stem.split("-")[2:4] == ["py3", "none"]
+    assert not wheel.filename.endswith("-any.whl")
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"BFMOE_NO_COMPILE": "1"}, "BFMOE_NO_COMPILE is set"),
+        ({"CXX": "no-such-compiler"}, "no C++ compiler was found"),
+        ({"CXX": sys.executable}, "failed: no message"),
+    ],
+)
+def test_without_a_compiler_the_wheel_is_plain_python(tmp_path, environment, reason):
+    path, said = build("wheel", tmp_path, **environment)
+    assert path.name.endswith("-py3-none-any.whl") and reason in said
+    assert compiled_in(zipfile.ZipFile(path).namelist()) == []
+
+
+def test_the_sdist_holds_the_source_of_the_kernels_and_nothing_compiled(tmp_path):
+    with tarfile.open(build("sdist", tmp_path)[0]) as sdist:
+        names = sdist.getnames()
+    assert compiled_in(names) == []
+    tops = {name.split("/", 1)[1] for name in names}
+    assert {"hatch_build.py", "csrc/rotate.cpp", "csrc/stages.inc"} <= tops
 
 
 def relative_files(folder: Path, pattern: str) -> set[str]:
