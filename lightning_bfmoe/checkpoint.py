@@ -45,7 +45,7 @@ def load_from_checkpoint(
         >>> load_from_checkpoint(pl.LightningModule, "last.ckpt")
         Traceback (most recent call last):
             ...
-        FileNotFoundError: [Errno 2] No such file or directory: 'last.ckpt'
+        FileNotFoundError: [Errno 2] No such file or directory: ...last.ckpt'
 
     Args:
         cls: The LightningModule class.

@@ -1,6 +1,6 @@
 """`ButterflyMoECallback`: swaps a module's feed-forward blocks and drives their training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_bfmoe.callbacks import guards, late_build, training
-from lightning_bfmoe.callbacks.clock import StepClock, planned_steps
+from lightning_bfmoe.callbacks.clock import StepClock
 from lightning_bfmoe.callbacks.settings import resolve_config, resolve_patterns, resolve_plan
 from lightning_bfmoe.callbacks.summary import show_summary
 from lightning_bfmoe.callbacks.swapping import Swapper, merge_reports
@@ -44,6 +44,9 @@ class ButterflyMoECallback(pl.Callback):
         replan: On resume, whether to plan anew when the Trainer's estimate has changed. False keeps
             the planned total of the checkpoint.
         angle_lr_factor: Learning rate of the angles over that of the other parameters.
+        evaluate_ternary: Validate, test and predict at lambda 1, as the packed model computes. A
+            checkpoint that is chosen by its validation loss then packs well; without it the best
+            one may be from before the weights were ternary.
         name: Tells several callbacks apart, in checkpoints and in logged names.
         verbose: Print what was swapped, once.
         init: See `ButterflyMoEConfig`, as for all that follow; None keeps the value there.
@@ -80,6 +83,7 @@ class ButterflyMoECallback(pl.Callback):
         total_steps: int | None = None,
         replan: bool = False,
         angle_lr_factor: float = 20.0,
+        evaluate_ternary: bool = False,
         name: str | None = None,
         verbose: bool = True,
         init: Literal["preserve", "scratch"] | None = None,
@@ -109,12 +113,13 @@ class ButterflyMoECallback(pl.Callback):
         self.include, self.exclude = resolve_patterns(include), resolve_patterns(exclude)
         self.total_steps, self.replan = total_steps, replan
         self.angle_lr_factor = check_factor(angle_lr_factor)
-        self.name, self.verbose = name, verbose
+        self.evaluate_ternary, self.name, self.verbose = evaluate_ternary, name, verbose
         self.clock = StepClock()
         self._swapper = Swapper(self.config, self.include, self.exclude, name or "bfmoe")
         self._restored = False
         self._handles: list[Any] = []
         self._parts: training.Parts | None = None
+        self._put_back: Callable[[], None] = _nothing
 
     @property
     def state_key(self) -> str:
@@ -163,16 +168,22 @@ class ButterflyMoECallback(pl.Callback):
                 late_build.unwatch(inner, self._owner)
         self._swapper.check_found()
 
+    # Validation, test, prediction: lambda of the step, or of the checkpoint, or 1 when asked.
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_swapped(trainer, pl_module)
+        parts = self._collect(trainer, pl_module)
         if trainer.state.fn == "fit" and self.clock.total is not None:
-            self._collect(trainer, pl_module).set_blend(self._now().blend)
+            parts.set_blend(self._now().blend)
+        if self.evaluate_ternary:
+            self._put_back = parts.lend_blend(1.0)
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check_swapped(trainer, pl_module)
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._put_back()
+        self._put_back = _nothing
 
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check_swapped(trainer, pl_module)
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         late_build.unwatch(pl_module, self._owner)
@@ -187,10 +198,8 @@ class ButterflyMoECallback(pl.Callback):
     # While training: lambda, loss scale, balance, logs.
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == 0 and not self._restored:
-            self.clock.reset()
-        self.clock.start(trainer.global_step)
-        self._plan_total(trainer)
+        self.clock.start_with(trainer, self.state_key if not self._restored else None)
+        self.clock.make_plan(trainer, self.plan, self.total_steps, self.replan)
         self._let_go()
         self._parts = self._collect(trainer, pl_module)
         self._parts.set_blend(self._now().blend)
@@ -199,28 +208,13 @@ class ButterflyMoECallback(pl.Callback):
                 trainer.strategy.optimizers, lambda: self._now().angle_factor
             )
 
-    def _plan_total(self, trainer: pl.Trainer) -> None:
-        if self.plan.is_absolute and self.total_steps is None:
-            self.clock.total = self.clock.total or 0
-            return
-        estimate = self.total_steps if self.total_steps is not None else planned_steps(trainer)
-        known = self.clock.total
-        if known and known != estimate and not self.replan:
-            rank_zero_warn(
-                f"This training was planned for {known} steps and would now take {estimate}: going "
-                f"on with {known}. ButterflyMoECallback(replan=True) plans anew."
-            )
-            return
-        self.plan.steps(estimate)  # an unknown length is refused here
-        self.clock.total = int(estimate)
-
     def _now(self) -> Any:
         return plan_at(self.clock.step, self.clock.total, self.plan)
 
     def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> training.Parts:
-        models = (pl_module, *guards.averaged_copies(trainer))
-        layers = [layer for model in models for _, layer in self._swapper.layers(model)]
-        return training.Parts.of(layers, pl_module)
+        own = [layer for _, layer in self._swapper.layers(pl_module)]
+        copies = guards.averaged_copies(trainer)
+        return training.Parts.of(own, [x for copy in copies for _, x in self._swapper.layers(copy)])
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -286,13 +280,18 @@ class ButterflyMoECallback(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave references to modules and optimizers behind when copied or pickled."""
-        return {**self.__dict__, "_handles": [], "_parts": None}
+        return {**self.__dict__, "_handles": [], "_parts": None, "_put_back": _nothing}
 
     @property
     def _owner(self) -> str:
         return self._swapper.owner
 
     def _let_go(self) -> None:
-        self._parts = None
+        self._put_back()
+        self._parts, self._put_back = None, _nothing
         while self._handles:
             self._handles.pop().remove()
+
+
+def _nothing() -> None:
+    """What there is to put back outside of an evaluation."""

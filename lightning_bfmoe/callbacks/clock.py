@@ -8,6 +8,9 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_bfmoe.plan import Plan
 
 
 class StepClock:
@@ -32,16 +35,54 @@ class StepClock:
         """Begin (or go on) counting from the Trainer's present counter."""
         self._seen = global_step
 
+    def reset(self) -> None:
+        """Forget step and total: a new training."""
+        self.step, self.total = 0, None
+
+    def start_with(self, trainer: pl.Trainer, stateless: str | None = None) -> None:
+        """Begin with a Trainer's training, or go on where its checkpoint stopped.
+
+        Args:
+            trainer: At the start of its training.
+            stateless: Key under which the checkpoint holds no state; None when it was restored.
+        """
+        if stateless is not None and trainer.global_step == 0:
+            self.reset()
+        elif stateless is not None and trainer.ckpt_path is not None:
+            self.step = trainer.global_step
+            rank_zero_warn(
+                f"The checkpoint holds no state of {stateless}: its plan goes on from step "
+                f"{trainer.global_step}. Was the callback's name changed?"
+            )
+        self.start(trainer.global_step)
+
+    def make_plan(
+        self, trainer: pl.Trainer, plan: Plan, total_steps: int | None, replan: bool
+    ) -> None:
+        """Settle the total, unless an earlier part of this training has done so.
+
+        Raises:
+            ConfigError: The plan needs a total and nobody knows it.
+        """
+        if plan.is_absolute and total_steps is None:
+            self.total = self.total or 0
+            return
+        estimate = total_steps if total_steps is not None else planned_steps(trainer)
+        if self.total and self.total != estimate and not replan:
+            rank_zero_warn(
+                f"This training was planned for {self.total} steps and would now take {estimate}: "
+                f"going on with {self.total}. ButterflyMoECallback(replan=True) plans anew."
+            )
+            return
+        plan.steps(estimate)  # an unknown length is refused here
+        self.total = int(estimate)
+
     def tick(self, global_step: int) -> bool:
         """Take note of the Trainer's counter after a batch; True when a step was finished."""
         finished = global_step > self._seen
         self._seen = global_step
         self.step += finished
         return finished
-
-    def reset(self) -> None:
-        """Forget step and total: a new training."""
-        self.step, self.total = 0, None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""

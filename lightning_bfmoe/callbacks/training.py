@@ -83,15 +83,27 @@ class Parts:
     """Whether a router adds a loss of its own."""
 
     @classmethod
-    def of(cls, layers: Iterable[Any], module: nn.Module) -> "Parts":
-        """The parts of a module."""
-        found = [router for _, router in routers(module)]
-        return cls(list(layers), found, any(r.switch_weight > 0 or r.z_weight > 0 for r in found))
+    def of(cls, layers: list[Any], twins: list[Any]) -> "Parts":
+        """The parts of a training, from the model's layers and those of averaged copies."""
+        found = [router for layer in layers for _, router in routers(layer)]
+        own_losses = any(r.switch_weight > 0 or r.z_weight > 0 for r in found)
+        return cls([*layers, *twins], found, own_losses)
 
     def set_blend(self, value: float) -> None:
         """Set lambda of all layers."""
         for layer in self.layers:
             layer.set_blend(value)
+
+    def lend_blend(self, value: float) -> Callable[[], None]:
+        """Set lambda of all layers; returns what puts back the present ones."""
+        before = [(layer, layer.blend) for layer in self.layers]
+        self.set_blend(value)
+
+        def put_back() -> None:
+            for layer, blend in before:
+                layer.set_blend(blend)
+
+        return put_back
 
     def set_loss_scale(self, value: float) -> None:
         """Scale the routers' own losses like the user's."""

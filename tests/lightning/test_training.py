@@ -27,6 +27,7 @@ from tests.lightning.modules import (
     Loader,
     StopAt,
     assert_same_state,
+    blend_in,
     make_trainer,
 )
 
@@ -101,6 +102,34 @@ def test_validation_sees_the_lambda_of_the_plan(tmp_path):
     trainer = make_trainer(tmp_path, ours, blends, val_check_interval=3, num_sanity_val_steps=1)
     trainer.fit(InInit(), Loader(), Loader(batches=1))
     assert blends.validation == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+def test_evaluation_can_be_ternary_while_training_is_not_yet(tmp_path):
+    blends = Blends()
+    ours = callback(plan=Plan(start=0.0, end=1.0, shape="linear"), evaluate_ternary=True)
+    best = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1)
+    trainer = make_trainer(tmp_path, ours, blends, best, enable_checkpointing=True)
+    module = InInit()
+    trainer.fit(module, Loader(), Loader(batches=1))
+    assert blends.validation == [1.0, 1.0] and blends.training[6] == 0.5
+    saved = [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("*.ckpt"))]
+    assert [blend_in(checkpoint["state_dict"]) for checkpoint in saved] == [0.5, 1.0]
+    half, last = sorted(tmp_path.glob("*.ckpt"))
+    first = trainer.test(InInit(), Loader(), ckpt_path=half, verbose=False)
+    loaded = make_trainer(tmp_path, callback(plan=ours.plan))
+    assert loaded.test(InInit(), Loader(), ckpt_path=half, verbose=False) != first
+    assert loaded.test(InInit(), Loader(), ckpt_path=last, verbose=False) == trainer.test(
+        InInit(), Loader(), ckpt_path=last, verbose=False
+    )
+
+
+def test_a_resume_without_our_state_says_so(tmp_path):
+    make_trainer(tmp_path, callback(), StopAt(6, tmp_path / "six.ckpt")).fit(InInit(), Loader())
+    renamed = callback(name="other")
+    trainer = make_trainer(tmp_path, renamed)
+    with pytest.warns(UserWarning, match="no state of .*'name': 'other'.* goes on from step 6"):
+        trainer.fit(InInit(), Loader(), ckpt_path=tmp_path / "six.ckpt")
+    assert renamed.clock.state_dict() == {"step": 12, "total": 12}
 
 
 def test_a_weight_average_is_saved_with_the_lambda_of_the_plan(tmp_path):
