@@ -57,7 +57,7 @@ class ButterflyMoECallback(pl.Callback):
         granularity: One scale per row, or per matrix.
         activation: Name in `layers.activation`; None keeps the block's own.
         dropout: Probability on the hidden units; None keeps the block's own.
-        balance_rate: Step of the balance bias per optimizer step (logit units).
+        balance_rate: Step of the balance bias per optimizer step (score units).
         switch_weight: Weight of the Switch loss.
         z_weight: Weight of the router z-loss.
         router_noise: Standard deviation of the router's noise in training (logit units).
