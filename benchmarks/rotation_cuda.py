@@ -83,7 +83,7 @@ def tune() -> None:
             height = numbers // d
             if height < 1 or not 8 <= numbers // (32 * warps) <= 128:
                 continue
-            cuda._launch_shape = lambda *_, h=height, w=warps: (h, w)
+            cuda._launch_shape = lambda *_, h=height, w=warps, **__: (h, w)
             if backward:
                 ms = do_bench(
                     lambda a=angles, g=groups, y=y, r=grad: cuda.fused_rotation_backward(
@@ -113,10 +113,9 @@ def main() -> None:
         return
     rows = [time_one(d, rows, experts) for d, rows in SIZES for experts in EXPERTS]
     for row in rows:
-        print(
-            f"d={row['d']:5} rows={row['rows']} experts={row['experts']:3}  copy {row['copy_ms']:.3f} ms"
-            f"  forward {row['forward_over_copy']:.2f}x  forward+backward {row['both_over_copy']:.2f}x"
-        )
+        sizes = f"d={row['d']:5} rows={row['rows']} experts={row['experts']:3}"
+        forward, both = row["forward_over_copy"], row["both_over_copy"]
+        print(f"{sizes}  copy {row['copy_ms']:.3f} ms  forward {forward:.2f}x  both {both:.2f}x")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     record = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
