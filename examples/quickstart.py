@@ -93,7 +93,7 @@ def _show(settings: Settings, console: Console, rows: dict[str, dict[str, Any]],
     console.print(
         Panel(
             Text(ours["sample"]),
-            title=f"Written by the model read from {out}/stages/butterflymoe/model.bfmoe",
+            title="Written by the model that was read back from its packed file",
             title_align="left",
         )
     )
@@ -108,6 +108,7 @@ def _show(settings: Settings, console: Console, rows: dict[str, dict[str, Any]],
         f"FFN bytes against ours ({human_bytes(ours['ffn_bytes'])}): "
         + ", ".join(f"{name} {value:.2f}x" for name, value in others.items() if value != 1)
     )
+    console.print(f"Packed file {out}/stages/butterflymoe/model.bfmoe")
     console.print(f"Figure {out}/training.png, numbers {out}/results.json")
     console.print("Reused stages train again with: make quickstart ARGS=--fresh", style="dim")
 

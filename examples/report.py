@@ -101,7 +101,7 @@ def _draw_gap(axes: Any, rows: dict[str, dict[str, Any]]) -> None:
         axes.plot(_smooth(gap, start=0.0), line, color=color, label=name)
         axes.plot(len(gap) - 1, row["val_final"] - dense["val_final"], "o", color=color, ms=5)
     axes.set_ylabel("loss minus dense's\n(lines: training, smoothed;\ndots: held-out, at the end)")
-    axes.legend(fontsize=8, ncols=2)
+    axes.legend(fontsize=8, ncols=2, loc="upper left")
 
 
 def _draw_blend(axes: Any, rows: dict[str, dict[str, Any]]) -> None:
