@@ -30,7 +30,9 @@ class Comparison:
     """The stages; each runs once and is then reused.
 
     All five models start from the same weights and see the same tokens in the same order, with the
-    same optimiser and schedule. Losses are in nats per token on held-out documents.
+    same optimiser and schedule. Losses are in nats per token on held-out documents. Learning rate,
+    batch size, and for ButterflyMoE the angles' rate and the balance rate, were chosen on a tuning
+    text that is neither trained on nor reported (``judge_on="tuning"``).
 
     Args:
         settings: What was chosen.

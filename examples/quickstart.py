@@ -36,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("--fresh", action="store_true", help="Train again, reuse nothing.")
     parser.add_class_arguments(Settings)
-    options = parser.parse_args(arguments).as_dict()
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args([_underscored(argument) for argument in given]).as_dict()
     fresh = options.pop("fresh")
     _quiet()
     console = Console(highlight=False)
@@ -120,6 +121,14 @@ def _caption(settings: Settings) -> str:
         "last column is the model read back from its file. The file holds the whole model. One "
         f"seed, {settings.base_steps} + {settings.steps} steps: a demonstration, no benchmark."
     )
+
+
+def _underscored(argument: str) -> str:
+    """``--num-experts=8`` means ``--num_experts=8``."""
+    name, equals, value = argument.partition("=")
+    if name.startswith("--"):
+        name = "--" + name[2:].replace("-", "_")
+    return name + equals + value
 
 
 def _write(path: Path, text: str) -> None:

@@ -41,7 +41,9 @@ def arguments(tmp_path_factory):
     corpus = tmp_path_factory.mktemp("corpus")
     for index in range(30):
         (corpus / f"{index:02}.txt").write_text(f"the {index} quick foxes jump over it\n" * 80)
-    return ["--corpus", str(corpus)] + [f"--{name}={value}" for name, value in SMALL.items()]
+    return ["--corpus", str(corpus)] + [
+        f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,7 @@ def test_interrupt_leaves_finished_stages_and_no_result(arguments, tmp_path, mon
 
 
 def test_impossible_settings_are_found_out_before_any_training(arguments, tmp_path, capsys):
-    assert quickstart.main([*arguments, "--top_k=5", f"--out={tmp_path / 'new'}"]) == 2
+    assert quickstart.main([*arguments, "--top-k", "5", f"--out={tmp_path / 'new'}"]) == 2
     assert "top_k must be at most num_experts" in capsys.readouterr().out
     assert quickstart.main([*arguments, "--width=100", f"--out={tmp_path / 'new'}"]) == 2
     assert "width a multiple of 32" in capsys.readouterr().out
