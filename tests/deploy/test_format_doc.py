@@ -43,7 +43,7 @@ def test_the_numpy_reader_computes_the_same(settings, d_model, d_ff, bits, reade
     pack(build(), file, bits=bits)
     tensors, header = reader["read"](file)
     loaded = load_packed(file, build())
-    assert set(tensors) == {n for n, t in loaded.state_dict().items() if torch.is_tensor(t)}
+    assert set(tensors) == {n for n in loaded.state_dict() if not n.endswith("_extra_state")}
     act = {
         "relu": lambda v: np.maximum(v, 0),
         "silu": lambda v: v / (1 + np.exp(-v)),
