@@ -34,8 +34,8 @@ class Settings:
     corpus: str = "auto"
     num_experts: int = 8
     top_k: int = 2
-    base_steps: int = 600
-    steps: int = 150
+    base_steps: int = 500
+    steps: int = 120
     learning_rate: float = 2e-3
     width: int = 128
     depth: int = 3
