@@ -31,7 +31,7 @@ class Comparison:
 
     All five models start from the same weights and see the same tokens in the same order, with the
     same optimiser and schedule. Losses are in nats per token on held-out documents. Learning rate,
-    batch size, and for ButterflyMoE the angles' rate and the balance rate, were chosen on a tuning
+    batch size, and for ButterflyMoE the balance rate, were chosen on a tuning
     text that is neither trained on nor reported (``judge_on="tuning"``).
 
     Args:
@@ -142,9 +142,9 @@ class Comparison:
 
     def _train_butterfly(self, folder: Path) -> Record:
         model = self._from_base()
-        # Both were chosen on the tuning text: in so short a training angles that start together
-        # do better with a smaller rate than the default, and the balance has to be found faster.
-        swap = ButterflyMoECallback(config=self.config, plan=PLAN, angle_lr_factor=5.0)
+        # The balance rate was chosen on the tuning text: in so short a training it has to be
+        # found faster than by default.
+        swap = ButterflyMoECallback(config=self.config, plan=PLAN)
         after_swap, history = self._validate(model, swap), History()
         self._fit(model, self.settings.steps, self.settings.seed + 1, swap, history)
         path = folder / "model.bfmoe"

@@ -19,6 +19,7 @@ from lightning_bfmoe.plan import Plan, check_factor, plan_at
 from lightning_bfmoe.swap import SwapReport
 
 _STATE_VERSION = 1
+ANGLE_LR_FACTORS = {"preserve": 5.0, "scratch": 20.0}
 
 
 class ButterflyMoECallback(pl.Callback):
@@ -43,7 +44,8 @@ class ButterflyMoECallback(pl.Callback):
         total_steps: Optimizer steps of the whole training. None: the Trainer's estimate.
         replan: On resume, whether to plan anew when the Trainer's estimate has changed. False keeps
             the planned total of the checkpoint.
-        angle_lr_factor: Learning rate of the angles over that of the other parameters.
+        angle_lr_factor: Learning rate of the angles over that of the other parameters. None: 5 with
+            ``init="preserve"``, where larger steps spoil a short fine-tuning, 20 with "scratch".
         evaluate_ternary: Validate, test and predict at lambda 1, as the packed model computes. A
             checkpoint that is chosen by its validation loss then packs well; without it the best
             one may be from before the weights were ternary.
@@ -82,7 +84,7 @@ class ButterflyMoECallback(pl.Callback):
         plan: Plan | None = None,
         total_steps: int | None = None,
         replan: bool = False,
-        angle_lr_factor: float = 20.0,
+        angle_lr_factor: float | None = None,
         evaluate_ternary: bool = False,
         name: str | None = None,
         verbose: bool = True,
@@ -112,6 +114,8 @@ class ButterflyMoECallback(pl.Callback):
         self.plan = resolve_plan(plan)
         self.include, self.exclude = resolve_patterns(include), resolve_patterns(exclude)
         self.total_steps, self.replan = total_steps, replan
+        if angle_lr_factor is None:
+            angle_lr_factor = ANGLE_LR_FACTORS[self.config.init]
         self.angle_lr_factor = check_factor(angle_lr_factor)
         self.evaluate_ternary, self.name, self.verbose = evaluate_ternary, name, verbose
         self.clock = StepClock()
