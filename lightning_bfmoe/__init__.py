@@ -6,10 +6,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _DOOR = {
+    "ActivationOutliers": "lightning_bfmoe.callbacks",
     "ButterflyMoE": "lightning_bfmoe.layers",
     "ButterflyMoECallback": "lightning_bfmoe.callbacks",
     "ButterflyMoEConfig": "lightning_bfmoe.config",
     "BFMoEError": "lightning_bfmoe.errors",
+    "ExpertUsage": "lightning_bfmoe.callbacks",
+    "Plan": "lightning_bfmoe.plan",
     "inspect_packed": "lightning_bfmoe.deploy",
     "load_from_checkpoint": "lightning_bfmoe.checkpoint",
     "load_packed": "lightning_bfmoe.deploy",
