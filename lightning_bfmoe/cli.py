@@ -64,6 +64,7 @@ def plan(
         "gains": gains, "paper_convention": paper_convention,
     }  # fmt: skip
     console = Console()
+    top_k = min(top_k, num_experts)  # no byte depends on it
     console.print(plan_memory(d_model, d_ff, num_experts, top_k, **settings))
     for device in devices.split(",") if devices else ():
         room = int(device) if device.isdigit() else device

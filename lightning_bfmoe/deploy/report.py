@@ -1,5 +1,6 @@
 """What a packed file holds, in numbers: counted part by part, and as the disk sees it."""
 
+import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -103,6 +104,11 @@ class PackedSummary:
         """Two tables: the file part by part, and the packed layers against other forms."""
         yield self._parts_table()
         yield self._comparison_table()
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        Console(file=out, width=100).print(self)
+        return out.getvalue().rstrip()
 
     def _parts_table(self) -> Table:
         title = f"{escape(self.path.name)}: {self.file_bytes:,} bytes on disk ({self.library})"

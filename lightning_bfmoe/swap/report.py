@@ -159,7 +159,10 @@ def _error(block: SwappedBlock) -> str:
 
 
 def _caption(report: SwapReport) -> str:
-    lines = ["bytes: as held before; packed: 1.6-bit trits, fp16 angles; error: at this lambda"]
+    lines = [
+        "bytes: as held before; packed: 1.6-bit trits, fp16 angles;",
+        "error: of the block's output at lambda 1 (all ternary), on random inputs",
+    ]
     groups: dict[tuple[str, str], list[str]] = {}
     for row in report.skipped:
         groups.setdefault((row["status"], row["reason"]), []).append(row["path"])

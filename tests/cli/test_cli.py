@@ -58,11 +58,9 @@ def test_unknown_device_is_explained(capsys):
     assert "toaster" in capsys.readouterr().err
 
 
-def test_top_k_beyond_the_experts_is_explained(capsys):
-    assert (
-        main(["plan", "--d_model", "8", "--d_ff", "8", "--num_experts", "2", "--top_k", "3"]) == 2
-    )
-    assert "top_k=3, num_experts=2" in capsys.readouterr().err
+def test_one_expert_can_be_planned(capsys):
+    assert main([*PLAN[:-1], "1"]) == 0
+    assert "1 experts, top-1" in capsys.readouterr().out
 
 
 def test_inspect_a_packed_file(tmp_path, capsys):

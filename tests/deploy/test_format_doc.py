@@ -38,7 +38,11 @@ def test_the_numpy_reader_computes_the_same(settings, d_model, d_ff, bits, reade
     settings = {"activation": "relu", **settings}
 
     def build():
-        return nn.Sequential(ButterflyMoE(d_model, d_ff, 4, **settings))
+        layer = ButterflyMoE(d_model, d_ff, 4, **settings)
+        with torch.no_grad():  # as trained: logits that differ, and a bias that decides
+            layer.router.weight.mul_(20)
+            layer.router.balance_bias.copy_(torch.tensor([0.3, -0.3, 0.1, 0.0]))
+        return nn.Sequential(layer)
 
     pack(build(), file, bits=bits)
     tensors, header = reader["read"](file)
