@@ -70,8 +70,8 @@ def load_from_checkpoint(
             stack.enter_context(_before_loading(kind, lambda m: _prepare(m, plan, setup_stage)))
         try:
             return cls.load_from_checkpoint(path, weights_only=weights_only, **kwargs)
-        except RuntimeError as error:
-            if "loading state_dict" not in str(error):
+        except (RuntimeError, TypeError) as error:
+            if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):
                 raise
             raise _unfit(cls, str(error)) from error
         except SwapError as error:

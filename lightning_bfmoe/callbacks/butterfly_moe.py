@@ -134,7 +134,7 @@ class ButterflyMoECallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         guards.check_order(trainer, self)
-        guards.check_strategy(trainer)
+        guards.check_strategy(trainer, pl_module)
         self._restored = False
         if not self._swapper.was_here(pl_module):
             self._look(pl_module)
@@ -211,6 +211,9 @@ class ButterflyMoECallback(pl.Callback):
             self._handles = training.scale_angle_steps(
                 trainer.strategy.optimizers, lambda: self._now().angle_factor
             )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        training.warn_unfinished(self.clock, self._now().blend)
 
     def _now(self) -> Any:
         return plan_at(self.clock.step, self.clock.total, self.plan)

@@ -4,10 +4,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_bfmoe.errors import SwapError
+from lightning_bfmoe.layers import moe_layers
 
 # Callbacks that copy or collect modules in their own `setup`, so the swap must come first.
 _AFTER_US = ("WeightAveraging", "StochasticWeightAveraging", "ModelPruning")
@@ -32,13 +34,21 @@ def check_order(trainer: pl.Trainer, ours: pl.Callback) -> None:
             )
 
 
-def check_strategy(trainer: pl.Trainer) -> None:
-    """Strategies that own optimizer and parameters themselves are refused.
+def check_strategy(trainer: pl.Trainer, module: nn.Module) -> None:
+    """Strategies that own optimizer and parameters, or train in spawned processes, are refused.
 
     Raises:
-        SwapError: DeepSpeed.
+        SwapError: DeepSpeed; spawn and fork launchers, whose workers would swap and train while
+            the caller's module, to which Lightning returns the weights, stays dense.
     """
     name = type(trainer.strategy).__name__
+    spawns = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    if spawns and next(moe_layers(module), None) is None:
+        raise SwapError(
+            "the processes that train are started from a swapped module",
+            got=f"strategy {name}, which spawns or forks them",
+            fix="Use strategy='ddp', or swap_feed_forward(module, ...) before fit.",
+        )
     if "DeepSpeed" in name:
         raise SwapError(
             "parameter groups are split after the optimizer is built, which this strategy forbids",

@@ -6,9 +6,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_bfmoe.callbacks.clock import StepClock
 from lightning_bfmoe.layers import TopKRouter, parameter_roles, routers
 from lightning_bfmoe.plan import GROUP_KEY, split_parameter_groups
 
@@ -136,3 +138,15 @@ def somebody_reads(trainer: pl.Trainer, name: str) -> bool:
         return False
     monitors = (getattr(c, "monitor", None) for c in trainer.callbacks)  # type: ignore[attr-defined]
     return bool(trainer.loggers) or name in monitors
+
+
+def warn_unfinished(clock: StepClock, blend: float) -> None:
+    """Say that a training ended before its weights were ternary, and what to do about it."""
+    if blend < 1:
+        rank_zero_warn(
+            f"The training ended at lambda {blend:.3f}, after {clock.step} of {clock.total} "
+            "planned steps: the weights are not ternary yet and pack() refuses them. Train on, or "
+            "give ButterflyMoECallback(total_steps=...) the optimizer steps that this training "
+            "takes (with manual optimisation they cannot be foreseen).",
+            stacklevel=2,
+        )

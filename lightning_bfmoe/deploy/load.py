@@ -17,6 +17,7 @@ from lightning_bfmoe.layers import CUSTOM, ButterflyMoE
 from lightning_bfmoe.layers.surgery import Replaced, apply_replacement
 
 
+@torch.inference_mode(False)  # inference tensors could not be moved, copied or trained around
 def load_packed(
     path: str | Path,
     model: nn.Module,

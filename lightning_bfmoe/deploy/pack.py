@@ -113,9 +113,9 @@ def _check_lambda(name: str, layer: Layer, finalize: bool) -> None:
         refuse(
             "a layer is packed at blend (lambda) 1, when it computes with its ternary matrix",
             f"{name!r} at {min(blends):.4g}",
-            "Pack a model from after the end of its plan. A checkpoint that validation chose can be "
-            "older: choose it with ButterflyMoECallback(evaluate_ternary=True), then finalize=True "
-            "packs what was validated; else finalize=True packs another function than this model's.",
+            "Pack a model from after the end of its plan. A checkpoint that validation chose can "
+            "be older: choose it with ButterflyMoECallback(evaluate_ternary=True), then "
+            "finalize=True packs what was validated; else it packs another function than this.",
         )
 
 

@@ -151,9 +151,7 @@ def combine(
 ) -> Float[Tensor, "tokens d"]:
     """Bring the rows back to their tokens and add them up with the routing weights."""
     tokens, k = weights.shape
-    if tokens == 0:
-        return rows.new_zeros(0, rows.shape[1])
     back = torch.empty_like(groups.order)
     back[groups.order] = torch.arange(tokens * k, device=rows.device)
-    slots = rows.index_select(0, back).reshape(tokens, k, -1)  # (tokens, k, d)
+    slots = rows.index_select(0, back).reshape(tokens, k, rows.shape[1])  # (tokens, k, d)
     return torch.einsum("tk,tkd->td", weights.to(rows.dtype), slots)

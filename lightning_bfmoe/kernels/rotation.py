@@ -42,7 +42,7 @@ def rotate(x: Tensor, angles: Tensor, groups: ExpertGroups, inverse: bool = Fals
         )
     check_angles(x.shape[1], angles.shape[1], angles.shape[2])
     if x.shape[0] == 0:
-        return x
+        return x + 0 * angles.sum().to(x.dtype)  # no rows, yet every angle has a (zero) gradient
     wide = torch.float64 if torch.float64 in (x.dtype, angles.dtype) else torch.float32
     with torch.autocast(x.device.type, enabled=False):
         kernel = choose("rotate", x, angles, groups)

@@ -103,6 +103,17 @@ class RemembersSettings(nn.Module):
             )
         self.set_blend(state["blend"])
 
+    def _load_from_state_dict(self, state_dict, prefix, *others):  # type: ignore[no-untyped-def]
+        """Load as usual; a dense state is told apart from a damaged one."""
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        metadata, strict, missing, unexpected, errors = others
+        if strict and prefix + "_extra_state" not in state_dict:
+            errors.append(
+                f"{prefix.rstrip('.') or 'the model'} is a {type(self).__name__} layer, but the "
+                "state was saved without one. To start from a dense checkpoint load its weights "
+                "into the module before the swap, then train without resuming."
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave the record of the last forward pass behind when copied or pickled."""
         return {**self.__dict__, "last_routing": None}

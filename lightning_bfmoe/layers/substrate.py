@@ -50,7 +50,6 @@ class Substrate(KeepsFloat32):
         latent = torch.randn(d_out, d_in, generator=generator, dtype=torch.float32) * d_in**-0.5
         self.latent = nn.Parameter(latent.to(device))  # (d_out, d_in)
         self._blend = torch.ones((), dtype=torch.float32, device=self.latent.device)
-        self._cache: tuple[tuple, Tensor] | None = None
 
     @property
     def blend(self) -> Tensor:
@@ -72,26 +71,11 @@ class Substrate(KeepsFloat32):
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The effective matrix, (d_out, d_in), with a straight-through gradient to the latent.
 
-        Without gradients the result is kept until latent or lambda change.
+        Quantised anew at every call: a write through `.data` or by a fused optimizer leaves no
+        trace that a cache could see. A packed substrate, which nobody trains, keeps its matrix.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self._cache = None
-            return quantize_ternary(self.latent, self._blend, self.scale, self.granularity).to(
-                dtype
-            )
-        latent, blend = self.latent, self._blend
-        key = (
-            dtype,
-            latent.data_ptr(),
-            latent._version,
-            latent.device,
-            blend.data_ptr(),
-            blend._version,
-        )
-        if self._cache is None or self._cache[0] != key:
-            weight = quantize_ternary(latent, blend, self.scale, self.granularity).to(dtype)
-            self._cache = (key, weight)
-        return self._cache[1]
+        weight = quantize_ternary(self.latent, self._blend, self.scale, self.granularity)
+        return weight.to(dtype)
 
     def ternary(self) -> tuple[Tensor, Tensor]:
         """Trits (int8) and scales, as a packed layer would hold them.
@@ -101,10 +85,6 @@ class Substrate(KeepsFloat32):
         """
         check_finite(self.latent, "the substrate's latent weight")
         return ternarize(self.latent, self.scale, self.granularity)
-
-    def __getstate__(self) -> dict:
-        """Leave the cached matrix behind when copied or pickled."""
-        return {**self.__dict__, "_cache": None}
 
     def extra_repr(self) -> str:
         """Sizes shown by `print(model)`."""
@@ -177,13 +157,7 @@ class PackedSubstrate(nn.Module):
     @torch.compiler.disable
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix diag(alpha) T in `dtype`, unpacked once and kept."""
-        key = (
-            dtype,
-            self.packed.data_ptr(),
-            self.packed._version,
-            self.alpha.data_ptr(),
-            self.alpha._version,
-        )
+        key = (dtype, *_trace(self.packed), *_trace(self.alpha))
         if self._cache is None or self._cache[0] != key:
             with torch.inference_mode(False):  # an inference tensor could not be reused in training
                 self._cache = (key, dequantize_ternary(*self.ternary(), dtype))
@@ -210,3 +184,8 @@ class PackedSubstrate(nn.Module):
         """Sizes shown by `print(model)`."""
         size = packed_size(self.d_out * self.d_in, self.bits)
         return f"{self.d_in} -> {self.d_out}, {self.bits} bit, {size} bytes"
+
+
+def _trace(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is replaced or written to in place."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_bfmoe.config import ButterflyMoEConfig
@@ -13,11 +14,13 @@ from lightning_bfmoe.swap.activations import activation_name
 from lightning_bfmoe.swap.build import block_bytes, build_layer, measure, plan_settings
 from lightning_bfmoe.swap.candidate import Candidate
 from lightning_bfmoe.swap.find import find_feed_forward
+from lightning_bfmoe.swap.losses import warn_of_losses
 from lightning_bfmoe.swap.quiet import keep_rng
 from lightning_bfmoe.swap.report import SwappedBlock, SwapReport, layer_sizes, skipped_rows
 from lightning_bfmoe.swap.select import Patterns, select_candidates
 
 
+@torch.inference_mode(False)  # inference tensors could not be trained
 def swap_feed_forward(
     model: nn.Module,
     config: ButterflyMoEConfig | None = None,
@@ -83,6 +86,7 @@ def swap_feed_forward(
                 ) from error
             assert c.placement is not None
             entries.append((c.placement, layer))
+            warn_of_losses(c)
         receipts = install(model, entries)
     return SwapReport(
         blocks, left, placements=[plan_entry(layer) for layer, _ in receipts], receipts=receipts

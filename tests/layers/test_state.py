@@ -159,19 +159,36 @@ def test_building_moves_no_global_generator_and_is_reproducible():
     assert not torch.equal(build(seed=2).router.weight, a.router.weight)
 
 
-def test_weight_cache_follows_every_change():
+def test_the_weight_follows_writes_that_leave_no_trace():
     layer = build().eval()
     x = torch.randn(4, 12)
     with torch.no_grad():
         first = layer(x)
-        assert torch.equal(layer(x), first)
-        layer.experts.up.substrate.latent.mul_(-1)
-        assert not torch.equal(layer(x), first)
-        layer.experts.up.substrate.latent.mul_(-1)
-        layer.set_blend(0.5)
-        assert not torch.equal(layer(x), first)
-        layer.set_blend(1.0)
-        assert torch.equal(layer(x), first)
+        layer.experts.up.substrate.latent.data.mul_(-1)  # an EMA teacher writes like this
+        assert torch.equal(layer(x), copy.deepcopy(layer)(x)) and not torch.equal(layer(x), first)
+    layer.train()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05, fused=True)
+    for _ in range(3):
+        layer(x).square().sum().backward()
+        with torch.no_grad():
+            layer(x)
+        optimizer.step()
+        with torch.no_grad():
+            assert torch.equal(layer(x), copy.deepcopy(layer)(x))
+
+
+def test_an_empty_batch_reaches_every_parameter():
+    layer = build(gated=True)
+    y = layer(torch.randn(0, 12))
+    assert y.shape == (0, 12)
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+
+
+def test_a_dense_state_is_told_apart():
+    model = torch.nn.ModuleDict({"mlp": build()})
+    with pytest.raises(RuntimeError, match="mlp is a ButterflyMoE layer, but the state was saved"):
+        model.load_state_dict({"mlp.weight": torch.zeros(2)})
 
 
 def test_packed_substrate_is_exactly_the_ternary_one():

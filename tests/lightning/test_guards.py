@@ -11,7 +11,13 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 
-from lightning_bfmoe import ButterflyMoECallback, ButterflyMoEConfig, load_from_checkpoint
+from lightning_bfmoe import (
+    ButterflyMoECallback,
+    ButterflyMoEConfig,
+    load_from_checkpoint,
+    swap_feed_forward,
+)
+from lightning_bfmoe.callbacks import guards
 from lightning_bfmoe.errors import CheckpointError, ConfigError, SwapError
 from lightning_bfmoe.layers import moe_layers
 from lightning_bfmoe.layers.state import decode_extra_state
@@ -285,3 +291,21 @@ def test_deepspeed_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, callback(), strategy=DeepSpeedStrategy(), devices="auto")
     with pytest.raises(SwapError, match="strategy DeepSpeedStrategy"):
         trainer.fit(InInit(), Loader())
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_spawning_strategies_are_refused_unless_the_module_is_swapped(strategy):
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    module = InInit()
+    with pytest.raises(SwapError, match="started from a swapped module: got strategy DDPStrategy"):
+        guards.check_strategy(trainer, module)
+    swap_feed_forward(module, num_experts=2)
+    guards.check_strategy(trainer, module)
+
+
+def test_a_training_that_ends_before_lambda_is_one_says_so():
+    module = InInit()
+    ours = ButterflyMoECallback(num_experts=2, verbose=False, total_steps=100)
+    trainer = L.Trainer(max_steps=2, callbacks=[ours], logger=False, enable_checkpointing=False)
+    with pytest.warns(UserWarning, match="ended at lambda 0.000, after 2 of 100 planned steps"):
+        trainer.fit(module, Loader(4))
