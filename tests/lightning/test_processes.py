@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_bfmoe import ButterflyMoECallback
+from lightning_bfmoe import ButterflyMoECallback, swap_feed_forward
 from tests.lightning.modules import InInit, Loader, make_trainer, state_of
 
 BATCHES, SIZE = 6, 8
@@ -39,6 +39,7 @@ def train(folder, processes):
     folder.mkdir()
     torch.manual_seed(1)
     module = Momentum().double()
+    swap_feed_forward(module, num_experts=4, balance_rate=0.01)  # forked workers start from it
     trainer = make_trainer(
         folder,
         ButterflyMoECallback(num_experts=4, verbose=False, balance_rate=0.01),
