@@ -38,6 +38,7 @@ from lightning_bfmoe.plan import Plan
 RESULTS = Path(__file__).parent / "results" / "accuracy"
 SIZES = {
     "tiny": {"width": 64, "depth": 2, "context": 64, "batch": 16, "steps": 60, "judge": 20_000},
+    "small": {"width": 128, "depth": 2, "context": 64, "batch": 16, "steps": 400, "judge": 60_000},
     "full": {"width": 256, "depth": 4, "context": 256, "batch": 64, "steps": 1200, "judge": 10**6},
 }  # fmt: skip
 
