@@ -77,8 +77,23 @@ def _find_target(root: nn.Module, modules: dict[str, nn.Module], record: LayerRe
     old = owner._modules.get(name)
     if old is None:
         refuse("a packed layer replaces a module", record.path, _SAME)
+    _check_widths(record, [owner._modules.get(name) for owner, name in places])
     cut = frozenset((id(owner), name) for owner, name in places)
     return Target(record, None, cut, _device(old))
+
+
+def _check_widths(record: LayerRecord, replaced: list[nn.Module | None]) -> None:
+    """The dense block that goes has matrices of the widths of the layer that comes."""
+    matrices = [p for m in replaced if m is not None for p in m.parameters() if p.dim() >= 2]
+    found = {size for matrix in matrices for size in matrix.shape}
+    wanted = {record.config[name] for name in ("d_model", "d_ff", "d_out")}
+    if matrices and not wanted <= found:
+        shapes = sorted({tuple(matrix.shape) for matrix in matrices})
+        refuse(
+            f"the block at {record.path!r} has matrices of widths {sorted(wanted)}",
+            f"matrices of shape {', '.join(map(str, shapes))}",
+            _SAME,
+        )
 
 
 def match_tensors(file: PackedFile, root: nn.Module, targets: list[Target], strict: bool) -> Match:

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from lightning_bfmoe import load_packed, pack, swap_feed_forward
+from lightning_bfmoe.errors import PackedFileError
 
 
-def model():
+def model(d_ff=16):
     return nn.Sequential(
-        nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        nn.LayerNorm(8), nn.Sequential(nn.Linear(8, d_ff), nn.ReLU(), nn.Linear(d_ff, 8))
     )
 
 
@@ -49,3 +50,12 @@ def test_swapping_and_loading_under_inference_mode(tmp_path):
     net(torch.randn(3, 8)).sum().backward()
     assert net[1].experts.up.substrate.latent.grad.abs().max() > 0
     assert small(torch.randn(3, 8)).shape == (3, 8)
+
+
+def test_a_file_of_another_width_is_refused_and_the_model_left_alone(tmp_path):
+    net, other = model(), model(d_ff=32)
+    swap_feed_forward(net, num_experts=2)
+    pack(net, tmp_path / "m.bfmoe")
+    with pytest.raises(PackedFileError, match=r"has matrices of widths \[8, 16\]: got .*\(32, 8\)"):
+        load_packed(tmp_path / "m.bfmoe", other)
+    assert isinstance(other[1][0], nn.Linear)
