@@ -15,7 +15,7 @@ from lightning_bfmoe.callbacks.summary import show_summary
 from lightning_bfmoe.callbacks.swapping import Swapper, merge_reports
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import CheckpointError
-from lightning_bfmoe.plan import Plan, check_factor, plan_at
+from lightning_bfmoe.plan import Plan, PlanState, check_factor, plan_at
 from lightning_bfmoe.swap import SwapReport
 
 _STATE_VERSION = 1
@@ -178,7 +178,7 @@ class ButterflyMoECallback(pl.Callback):
         self._check_swapped(trainer, pl_module)
         parts = self._collect(trainer, pl_module)
         if trainer.state.fn == "fit" and self.clock.total is not None:
-            parts.set_blend(self._now().blend)
+            parts.set_blend(self.now.blend)
         if self.evaluate_ternary:
             self._put_back = parts.lend_blend(1.0)
 
@@ -206,16 +206,22 @@ class ButterflyMoECallback(pl.Callback):
         self.clock.make_plan(trainer, self.plan, self.total_steps, self.replan)
         self._let_go()
         self._parts = self._collect(trainer, pl_module)
-        self._parts.set_blend(self._now().blend)
+        self._parts.set_blend(self.now.blend)
         if self.plan.angle_warmup:
             self._handles = training.scale_angle_steps(
-                trainer.strategy.optimizers, lambda: self._now().angle_factor
+                trainer.strategy.optimizers, lambda: self.now.angle_factor
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        training.warn_unfinished(self.clock, self._now().blend)
+        training.warn_unfinished(self.clock, self.now.blend)
 
-    def _now(self) -> Any:
+    @property
+    def now(self) -> PlanState:
+        """What the plan says for the next optimizer step.
+
+        Raises:
+            ConfigError: The plan is in fractions and the training has not begun.
+        """
         return plan_at(self.clock.step, self.clock.total, self.plan)
 
     def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> training.Parts:
@@ -227,7 +233,7 @@ class ButterflyMoECallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._parts is not None:
-            self._parts.set_blend(self._now().blend)
+            self._parts.set_blend(self.now.blend)
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
@@ -243,14 +249,14 @@ class ButterflyMoECallback(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        blend = self._now().blend
+        blend = self.now.blend
         if self._parts is None or not self.clock.tick(trainer.global_step):
             return
         self._parts.synchronise_loads(trainer)
         self._log(trainer, pl_module, "blend", blend)
         self._log(trainer, pl_module, "load_max_over_mean", self._parts.load_imbalance())
         self._parts.update_balance()
-        self._parts.set_blend(self._now().blend)  # what a checkpoint saved now shall hold
+        self._parts.set_blend(self.now.blend)  # what a checkpoint saved now shall hold
 
     def _log(
         self,

@@ -18,6 +18,8 @@ class PlanState(NamedTuple):
     """Lambda in [0, 1]: 0 computes with the latent weights, 1 with the ternary ones."""
     angle_factor: float
     """Factor in (0, 1] on the learning rate of the angles."""
+    latent_factor: float
+    """Factor on the learning rate of the latent matrices: 0 while they are frozen, else 1."""
     phase: Literal["latent", "blending", "ternary"]
     """Before, while and after lambda rises."""
 
@@ -106,7 +108,7 @@ def plan_at(step: int, total: float | None, plan: Plan | None = None) -> PlanSta
 
     Example:
         >>> plan_at(3, 10, Plan(start=2, end=4, shape="linear"))
-        PlanState(blend=0.5, angle_factor=1.0, phase='blending')
+        PlanState(blend=0.5, angle_factor=1.0, latent_factor=1.0, phase='blending')
 
     Args:
         step: Optimizer steps finished so far, >= 0.
@@ -122,11 +124,11 @@ def plan_at(step: int, total: float | None, plan: Plan | None = None) -> PlanSta
     start, end, warmup = plan.steps(total)
     angle_factor = 1.0 if step >= warmup else (step + 1) / (warmup + 1)
     if step >= end:
-        return PlanState(1.0, angle_factor, "ternary")
+        return PlanState(1.0, angle_factor, 1.0, "ternary")
     if step <= start:
-        return PlanState(0.0, angle_factor, "latent")
+        return PlanState(0.0, angle_factor, 1.0, "latent")
     blend = SHAPES[plan.shape]((step - start) / (end - start))
-    return PlanState(min(max(blend, 0.0), 1.0), angle_factor, "blending")
+    return PlanState(min(max(blend, 0.0), 1.0), angle_factor, 1.0, "blending")
 
 
 def _linear(t: float) -> float:
