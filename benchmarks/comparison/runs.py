@@ -1,0 +1,138 @@
+"""What is compared: name -> how the feed-forward blocks of a GPT are made."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from examples.control_files import count_bytes
+from examples.controls import StandardMoE, TernaryFeedForward
+from examples.gpt import FeedForward
+from lightning_bfmoe.plan import Plan
+
+ALWAYS = Plan(start=0, end=0)
+"""Ternary from the first step."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model of the comparison.
+
+    Args:
+        block: Makes the control's block from the dense one; None for ButterflyMoE.
+        settings: Of `ButterflyMoECallback`, for ButterflyMoE.
+        angles: "learned"; or "frozen" at their start, "hadamard" (pi/4) or "identity" (0), the
+            last three controls that are never learned.
+        balance_loss: The control needs the Switch loss in its training step.
+    """
+
+    block: Callable[[FeedForward], nn.Module] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    angles: str = "learned"
+    balance_loss: bool = False
+
+
+def dense(block: FeedForward) -> FeedForward:
+    """The block itself."""
+    return block
+
+
+def wider_ternary(budget: int) -> Callable[[FeedForward], nn.Module]:
+    """A ternary dense block whose hidden width is the one that fills `budget` bytes."""
+
+    def make(block: FeedForward) -> nn.Module:
+        width, hidden = block.expand.in_features, block.expand.out_features
+        size = {
+            h: count_bytes(TernaryFeedForward(FeedForward(width, h))) for h in (hidden, 2 * hidden)
+        }
+        slope = (size[2 * hidden] - size[hidden]) / hidden
+        wide = hidden + math.floor((budget - size[hidden]) / slope)
+        fresh = FeedForward(width, max(wide, hidden))
+        for linear in (fresh.expand, fresh.contract):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        return TernaryFeedForward(fresh)
+
+    return make
+
+
+def standard(experts: int, top_k: int, *, ternary: bool = False, fresh: bool = True) -> Run:
+    """A mixture of independent experts: drawn independently, or copies of a trained block."""
+
+    def make(block: FeedForward) -> StandardMoE:
+        moe = StandardMoE(block, experts, top_k, ternary=ternary)
+        if fresh:
+            generator = torch.Generator().manual_seed(experts)
+            with torch.no_grad():
+                for weight in (moe.up, moe.down):
+                    weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
+        return moe
+
+    return Run(make, balance_loss=True)
+
+
+def butterfly(num_experts: int, top_k: int, *, angles: str = "learned", **settings: Any) -> Run:
+    """ButterflyMoE by the callback."""
+    return Run(settings={"num_experts": num_experts, "top_k": top_k, **settings}, angles=angles)
+
+
+def reported(mode: str, budget: int) -> dict[str, Run]:
+    """The comparison. `budget`: bytes a layer of ButterflyMoE 8 takes, for the wider control."""
+    fresh = mode == "scratch"
+    start = {"init": "scratch"} if fresh else {}
+    table = {
+        "dense": Run(dense),
+        "ternary dense": Run(TernaryFeedForward),
+        "standard 8 top-2": standard(8, 2, fresh=fresh),
+        "standard 8 top-4": standard(8, 4, fresh=fresh),
+        "ternary standard 3 top-2": standard(3, 2, ternary=True, fresh=fresh),
+        "ternary standard 8 top-2": standard(8, 2, ternary=True, fresh=fresh),
+        "ternary standard 8 top-4": standard(8, 4, ternary=True, fresh=fresh),
+        "butterfly 8 top-2": butterfly(8, 2, **start),
+        "butterfly 8 top-4": butterfly(8, 4, **start),
+        "butterfly 64 top-2": butterfly(64, 2, **start),
+        "butterfly 64 top-4": butterfly(64, 4, **start),
+        "butterfly 256 top-4": butterfly(256, 4, **start),
+    }
+    if fresh:
+        table |= {
+            "ternary dense, bytes of butterfly 8": Run(wider_ternary(budget)),
+            "ternary standard 16 top-4": standard(16, 4, ternary=True),
+            "butterfly 8 top-2, gains": butterfly(8, 2, gains=True, **start),
+            "butterfly 8 top-2, frozen random angles": butterfly(8, 2, angles="frozen", **start),
+            "butterfly 8 top-2, frozen Hadamard": butterfly(8, 2, angles="hadamard", **start),
+            "butterfly 8 top-2, frozen identity": butterfly(8, 2, angles="identity", **start),
+            "paper preset 8 top-2": butterfly(
+                8, 2, preset="paper", angle_lr_factor=1.0, plan=ALWAYS
+            ),
+        }
+    return table
+
+
+def candidates(mode: str) -> dict[str, Run]:
+    """Candidates for the defaults; judged on the tuning split only."""
+    start = {"init": "scratch"} if mode == "scratch" else {}
+    table = {"dense": Run(dense), "ternary dense": Run(TernaryFeedForward)}
+    for factor in (5.0, 20.0):
+        for std in (0.02, 0.1) if mode == "continue" else (0.25, 0.5, 1.0):
+            name = f"8 top-2 lr x{factor:g} std {std}"
+            table[name] = butterfly(8, 2, angle_lr_factor=factor, angle_std=std, **start)
+    table |= {
+        "8 top-2 lambda always 1": butterfly(8, 2, plan=ALWAYS, **start),
+        "8 top-2 lambda 0-0.3": butterfly(8, 2, plan=Plan(0.0, 0.3), **start),
+        "8 top-2 lambda 0.1-0.9": butterfly(8, 2, plan=Plan(0.1, 0.9), **start),
+        "8 top-2 absmean": butterfly(8, 2, scale="absmean", **start),
+        "8 top-2 gains": butterfly(8, 2, gains=True, **start),
+        "8 top-2 switch": butterfly(8, 2, switch_weight=0.01, balance_rate=0.0, **start),
+        "8 top-2 switch and bias": butterfly(8, 2, switch_weight=0.01, **start),
+        "64 top-4": butterfly(64, 4, **start),
+        "64 top-4 gains": butterfly(64, 4, gains=True, **start),
+        "64 top-4 switch": butterfly(64, 4, switch_weight=0.01, balance_rate=0.0, **start),
+        "64 top-4 switch and bias": butterfly(64, 4, switch_weight=0.01, **start),
+        "64 top-4 balance 0.01": butterfly(64, 4, balance_rate=0.01, **start),
+        "64 top-4 std 1.0": butterfly(64, 4, angle_std=1.0, **start),
+    }
+    return table

@@ -1,0 +1,136 @@
+"""Finished runs as one JSON file: `about` (setting, device, versions, commit) and `runs` by key."""
+
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Record = dict[str, Any]
+
+
+class Store:
+    """The records of one size and split, kept on disk after each run.
+
+    Args:
+        path: The JSON file; read when it is there.
+        about: What holds for all runs.
+
+    Raises:
+        ValueError: The file was made with another device, data or size.
+    """
+
+    def __init__(self, path: Path, about: Record | None = None) -> None:
+        self.path = path
+        found = (
+            json.loads(path.read_text()) if path.exists() else {"about": about or {}, "runs": {}}
+        )
+        self.about: Record = found["about"]
+        self.runs: dict[str, Record] = found["runs"]
+        fixed = ("size", "steps", "judge_split", "device", "data")
+        changed = [k for k in fixed if about and self.about.get(k) != about.get(k)]
+        if changed:
+            raise ValueError(
+                f"{path.name} was recorded with another {', '.join(changed)}; use --out"
+            )
+
+    def add(self, key: str, record: Record) -> None:
+        """Keep a record, on disk at once."""
+        self.runs[key] = record
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps({"about": self.about, "runs": self.runs}, indent=1) + "\n")
+        partial.replace(self.path)
+
+    def groups(self) -> Iterator[tuple[str, str, list[Record]]]:
+        """(training, name, records of all seeds), in the order of the file."""
+        groups: dict[tuple[str, str], list[Record]] = {}
+        for key, record in self.runs.items():
+            mode, name, _ = key.split(" | ")
+            groups.setdefault((mode, name), []).append(record)
+        for (mode, name), records in groups.items():
+            yield mode, name, records
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and the standard deviation over seeds where there are several."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def about(size: str, settings: Record, judge: str, origin: Record) -> Record:
+    """What a reader needs to know of all runs of a file."""
+    commit = (
+        os.environ.get("COMMIT")
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+    )  # a copy of the tree elsewhere has no git: set COMMIT there
+    return {
+        "size": size, **settings, "judge_split": judge,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__, "commit": commit, "data": origin,
+    }  # fmt: skip
+
+
+def table(store: Store) -> str:
+    """Mean and spread over seeds, as Markdown."""
+    lines = [
+        f"{store.path.name}: {store.about['device']}, {store.about['steps']} steps, "
+        f"{store.about['judge_split']} split",
+        "",
+        "| training | feed-forward | loss | seeds | MB / layer | load max / mean |",
+        "|---|---|---|---|---|---|",
+    ]
+    for mode, name, records in store.groups():
+        loss, spread = mean_and_spread([r["loss"] for r in records])
+        loads = [r["load_max_over_mean"] for r in records if r["load_max_over_mean"]]
+        lines.append(
+            f"| {mode} | {name} | {loss:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
+            + f" | {len(records)} | {records[0]['ffn_bytes_per_layer'] / 1e6:.3f} | "
+            + (f"{max(loads):.2f} |" if loads else "|")
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def figure(store: Store, path: Path, mode: str = "scratch") -> None:
+    """Loss against bytes of a feed-forward layer; bars are one standard deviation over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = {  # Okabe-Ito colours, distinct in shape too
+        "butterfly": ("#0072B2", "o", "ButterflyMoE"),
+        "ternary standard": ("#D55E00", "s", "standard MoE, ternary experts"),
+        "standard": ("#E69F00", "D", "standard MoE, fp32"),
+        "ternary dense": ("#009E73", "^", "ternary dense"),
+        "dense": ("#555555", "v", "dense fp32"),
+        "paper": ("#CC79A7", "P", "paper preset"),
+    }
+    axes = plt.figure(figsize=(8, 5), layout="constrained").subplots()
+    seen = set()
+    for each, name, records in store.groups():
+        kind = next((k for k in kinds if name.startswith(k)), None)
+        if each != mode or kind is None or "frozen" in name:
+            continue
+        colour, marker, label = kinds[kind]
+        loss, spread = mean_and_spread([r["loss"] for r in records])
+        size = records[0]["ffn_bytes_per_layer"] / 1e6
+        axes.errorbar(
+            size, loss, yerr=spread, color=colour, marker=marker, markersize=8, capsize=3,
+            ls="none", label=None if kind in seen else label,
+        )  # fmt: skip
+        note = name.removeprefix(kind).strip(" ,") or ""
+        axes.annotate(note, (size, loss), xytext=(7, 4), textcoords="offset points", fontsize=8)
+        seen.add(kind)
+    axes.set(xscale="log", xlabel="bytes of one feed-forward layer (MB)",
+             ylabel=f"{store.about['judge_split']} loss (nats per byte)")  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    axes.figure.savefig(path, dpi=120)
+    plt.close(axes.figure)
