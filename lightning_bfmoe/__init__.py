@@ -7,12 +7,14 @@ __version__ = "0.1.0"
 
 _DOOR = {
     "ActivationOutliers": "lightning_bfmoe.callbacks",
+    "AngleWarmup": "lightning_bfmoe.callbacks",
     "ButterflyMoE": "lightning_bfmoe.layers",
     "ButterflyMoECallback": "lightning_bfmoe.callbacks",
     "ButterflyMoEConfig": "lightning_bfmoe.config",
     "BFMoEError": "lightning_bfmoe.errors",
     "ExpertUsage": "lightning_bfmoe.callbacks",
     "Plan": "lightning_bfmoe.plan",
+    "TernarySchedule": "lightning_bfmoe.callbacks",
     "inspect_packed": "lightning_bfmoe.deploy",
     "load_from_checkpoint": "lightning_bfmoe.checkpoint",
     "load_packed": "lightning_bfmoe.deploy",

@@ -1,24 +1,24 @@
 """`ButterflyMoECallback`: swaps a module's feed-forward blocks and drives their training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_bfmoe.callbacks import guards, late_build, training
+from lightning_bfmoe.callbacks import guards, late_build
+from lightning_bfmoe.callbacks.angle_warmup import AngleWarmup
 from lightning_bfmoe.callbacks.clock import StepClock
+from lightning_bfmoe.callbacks.parts import Part
+from lightning_bfmoe.callbacks.router_balance import RouterBalance
 from lightning_bfmoe.callbacks.settings import resolve_config, resolve_patterns, resolve_plan
 from lightning_bfmoe.callbacks.summary import show_summary
 from lightning_bfmoe.callbacks.swapping import Swapper, merge_reports
+from lightning_bfmoe.callbacks.ternary_schedule import TernarySchedule
 from lightning_bfmoe.config import ButterflyMoEConfig
-from lightning_bfmoe.errors import CheckpointError
-from lightning_bfmoe.plan import Plan, PlanState, check_factor, plan_at
+from lightning_bfmoe.plan import Plan, PlanState
 from lightning_bfmoe.swap import SwapReport
 
-_STATE_VERSION = 1
 ANGLE_LR_FACTORS = {"preserve": 5.0, "scratch": 20.0}
 
 
@@ -27,7 +27,10 @@ class ButterflyMoECallback(pl.Callback):
 
     The module is not edited. Its blocks are swapped before its optimizers are built and before a
     checkpoint is loaded, in every stage; lambda rises by the plan; angles get their own parameter
-    groups in the module's own optimizers.
+    groups in the module's own optimizers; the routing is balanced.
+
+    It is made of a swap and three callbacks that also work alone, after `swap_feed_forward`:
+    `TernarySchedule`, `AngleWarmup` and `RouterBalance`.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -40,7 +43,8 @@ class ButterflyMoECallback(pl.Callback):
         exclude: Paths or patterns of blocks to leave alone.
         config: Settings that the single ones override.
         preset: Named settings instead of `config`: "default" or "paper".
-        plan: When the weights become ternary; ``Plan()`` when None.
+        plan: When the weights become ternary, and what holds when: warm-up of the angles, frozen
+            latents, a second stage. ``Plan()`` when None.
         total_steps: Optimizer steps of the whole training. None: the Trainer's estimate.
         replan: On resume, whether to plan anew when the Trainer's estimate has changed. False keeps
             the planned total of the checkpoint.
@@ -111,31 +115,63 @@ class ButterflyMoECallback(pl.Callback):
             "seed": seed,
         }  # fmt: skip
         self.config = resolve_config(config, preset, overrides)
-        self.plan = resolve_plan(plan)
         self.include, self.exclude = resolve_patterns(include), resolve_patterns(exclude)
-        self.total_steps, self.replan = total_steps, replan
+        self.name, self.verbose = name, verbose
+        self._swapper = Swapper(self.config, self.include, self.exclude, name or "bfmoe")
         if angle_lr_factor is None:
             angle_lr_factor = ANGLE_LR_FACTORS[self.config.init]
-        self.angle_lr_factor = check_factor(angle_lr_factor)
-        self.evaluate_ternary, self.name, self.verbose = evaluate_ternary, name, verbose
-        self.clock = StepClock()
-        self._swapper = Swapper(self.config, self.include, self.exclude, name or "bfmoe")
-        self._restored = False
-        self._handles: list[Any] = []
-        self._parts: training.Parts | None = None
-        self._put_back: Callable[[], None] = _nothing
+        self.schedule = TernarySchedule(
+            resolve_plan(plan),
+            total_steps=total_steps,
+            replan=replan,
+            evaluate_ternary=evaluate_ternary,
+            name=name,
+        )
+        self.angles = AngleWarmup(angle_lr_factor, name=name)
+        self.angles.follow(self.schedule)
+        self.parts: tuple[Part, ...] = (self.schedule, self.angles, RouterBalance(name))
+        for part in self.parts:
+            part.holder = self
 
     @property
     def state_key(self) -> str:
         """Key of the state in a checkpoint: by name only, so that settings may change."""
         return self._generate_state_key(name=self.name)
 
+    @property
+    def plan(self) -> Plan:
+        """When what holds."""
+        return self.schedule.plan
+
+    @property
+    def clock(self) -> StepClock:
+        """Finished and planned optimizer steps."""
+        return self.schedule.clock
+
+    @property
+    def now(self) -> PlanState:
+        """What the plan says for the next optimizer step.
+
+        Raises:
+            ConfigError: The plan is in fractions and the training has not begun.
+        """
+        return self.schedule.now
+
+    @property
+    def angle_lr_factor(self) -> float:
+        """Learning rate of the angles over that of the other parameters."""
+        return self.angles.angle_lr_factor
+
+    def find(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
+        """This callback's layers in a module, with their paths."""
+        return self._swapper.layers(module)
+
     # Before training: swap, wait for layers that are built later, check, split the groups.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         guards.check_order(trainer, self)
         guards.check_strategy(trainer, pl_module)
-        self._restored = False
+        self._forward("setup", trainer, pl_module, stage)
         if not self._swapper.was_here(pl_module):
             self._look(pl_module)
         late_build.watch(pl_module, self._owner, lambda new: self._look_again(pl_module, new))
@@ -161,10 +197,10 @@ class ButterflyMoECallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_swapped(trainer, pl_module)
-        layers = [layer for _, layer in self._swapper.layers(pl_module)]
+        layers = [layer for _, layer in self.find(pl_module)]
         optimizers = trainer.strategy.optimizers
         guards.check_optimizers(pl_module, optimizers, layers, self._swapper.replaced)
-        training.split_groups(trainer, pl_module, self.angle_lr_factor)
+        self._forward("on_fit_start", trainer, pl_module)
 
     def _check_swapped(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for module in (pl_module, *guards.averaged_copies(trainer)):
@@ -172,74 +208,34 @@ class ButterflyMoECallback(pl.Callback):
                 late_build.unwatch(inner, self._owner)
         self._swapper.check_found()
 
-    # Validation, test, prediction: lambda of the step, or of the checkpoint, or 1 when asked.
+    # The rest is done by the parts.
+
+    def _forward(self, hook: str, *arguments: Any) -> None:
+        for part in self.parts:
+            getattr(part, hook)(*arguments)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_swapped(trainer, pl_module)
-        parts = self._collect(trainer, pl_module)
-        if trainer.state.fn == "fit" and self.clock.total is not None:
-            parts.set_blend(self.now.blend)
-        if self.evaluate_ternary:
-            self._put_back = parts.lend_blend(1.0)
+        self._forward("on_validation_start", trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._put_back()
-        self._put_back = _nothing
+        self._forward("on_validation_end", trainer, pl_module)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        late_build.unwatch(pl_module, self._owner)
-        self._let_go()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        late_build.unwatch(pl_module, self._owner)
-        self._let_go()
-
-    # While training: lambda, loss scale, balance, logs.
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.clock.start_with(trainer, self.state_key if not self._restored else None)
-        self.clock.make_plan(trainer, self.plan, self.total_steps, self.replan)
-        self._let_go()
-        self._parts = self._collect(trainer, pl_module)
-        self._parts.set_blend(self.now.blend)
-        if self.plan.angle_warmup:
-            self._handles = training.scale_angle_steps(
-                trainer.strategy.optimizers, lambda: self.now.angle_factor
-            )
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        training.warn_unfinished(self.clock, self.now.blend)
-
-    @property
-    def now(self) -> PlanState:
-        """What the plan says for the next optimizer step.
-
-        Raises:
-            ConfigError: The plan is in fractions and the training has not begun.
-        """
-        return plan_at(self.clock.step, self.clock.total, self.plan)
-
-    def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> training.Parts:
-        own = [layer for _, layer in self._swapper.layers(pl_module)]
-        copies = guards.averaged_copies(trainer)
-        return training.Parts.of(own, [x for copy in copies for _, x in self._swapper.layers(copy)])
+        self._forward("on_train_start", trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._parts is not None:
-            self._parts.set_blend(self.now.blend)
+        self._forward("on_train_batch_start", trainer, pl_module, batch, batch_idx)
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        if self._parts is not None and self._parts.own_losses:
-            self._parts.set_loss_scale(training.root_loss_scale(trainer))
+        self._forward("on_before_backward", trainer, pl_module, loss)
 
     def on_train_batch_end(
         self,
@@ -249,62 +245,28 @@ class ButterflyMoECallback(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        blend = self.now.blend
-        if self._parts is None or not self.clock.tick(trainer.global_step):
-            return
-        self._parts.synchronise_loads(trainer)
-        self._log(trainer, pl_module, "blend", blend)
-        self._log(trainer, pl_module, "load_max_over_mean", self._parts.load_imbalance())
-        self._parts.update_balance()
-        self._parts.set_blend(self.now.blend)  # what a checkpoint saved now shall hold
+        self._forward("on_train_batch_end", trainer, pl_module, outputs, batch, batch_idx)
 
-    def _log(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        name: str,
-        value: float | Tensor | None,
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._forward("on_train_end", trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        late_build.unwatch(pl_module, self._owner)
+        self._forward("teardown", trainer, pl_module, stage)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        full = f"bfmoe/{name}" if self.name is None else f"bfmoe/{self.name}/{name}"
-        if value is not None and training.somebody_reads(trainer, full):
-            pl_module.log(full, torch.as_tensor(value))
-
-    # State: plain data, so that `torch.load(weights_only=True)` reads it.
+        late_build.unwatch(pl_module, self._owner)
+        self._forward("on_exception", trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "version": _STATE_VERSION,
-            "name": self.name,
-            "plan": self.plan.to_dict(),
-            **self.clock.state_dict(),
-        }
+        return {**self.angles.state_dict(), **self.schedule.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("version") != _STATE_VERSION:
-            raise CheckpointError(
-                f"the callback's state has version {_STATE_VERSION}",
-                got=state_dict.get("version"),
-                fix="Resume with the library version that wrote the checkpoint.",
-            )
-        if (stored := state_dict["plan"]) != self.plan.to_dict():
-            rank_zero_warn(f"The checkpoint was trained with {stored}; going on with {self.plan}.")
-        self.clock.load_state_dict(state_dict)
-        self._restored = True
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave references to modules and optimizers behind when copied or pickled."""
-        return {**self.__dict__, "_handles": [], "_parts": None, "_put_back": _nothing}
+        self.schedule.load_state_dict(state_dict)
+        self.angles.load_state_dict(state_dict)
 
     @property
     def _owner(self) -> str:
         return self._swapper.owner
-
-    def _let_go(self) -> None:
-        self._put_back()
-        self._parts, self._put_back = None, _nothing
-        while self._handles:
-            self._handles.pop().remove()
-
-
-def _nothing() -> None:
-    """What there is to put back outside of an evaluation."""

@@ -71,7 +71,7 @@ class StepClock:
         if self.total and self.total != estimate and not replan:
             rank_zero_warn(
                 f"This training was planned for {self.total} steps and would now take {estimate}: "
-                f"going on with {self.total}. ButterflyMoECallback(replan=True) plans anew."
+                f"going on with {self.total}; replan=True plans anew."
             )
             return
         plan.steps(estimate)  # an unknown length is refused here

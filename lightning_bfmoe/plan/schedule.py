@@ -1,14 +1,21 @@
-"""The training plan: from the number of finished optimizer steps to lambda and the angle factor."""
+"""The training plan: from the number of finished optimizer steps to lambda and the factors."""
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from lightning_bfmoe.errors import ConfigError
+from lightning_bfmoe.plan.positions import (
+    check_order,
+    check_position,
+    is_length,
+    needs_length,
+    to_steps,
+)
+from lightning_bfmoe.plan.shapes import SHAPES
 
-_STEEPNESS = {"exponential": 5.0, "sigmoid": 12.0}
+_POSITIONS = ("start", "end", "angle_warmup", "freeze_latents", "second_stage")
 
 
 class PlanState(NamedTuple):
@@ -22,11 +29,25 @@ class PlanState(NamedTuple):
     """Factor on the learning rate of the latent matrices: 0 while they are frozen, else 1."""
     phase: Literal["latent", "blending", "ternary"]
     """Before, while and after lambda rises."""
+    lr_factor: float = 1.0
+    """Factor on every learning rate: that of the second stage, else 1."""
+    decay_factor: float = 1.0
+    """Factor on every weight decay: that of the second stage, else 1."""
+
+
+class PlanSteps(NamedTuple):
+    """A plan's positions in optimizer steps."""
+
+    start: int
+    end: int
+    angle_warmup: int
+    freeze_latents: int
+    second_stage: int | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """When the weights become ternary, and how the angles start.
+    """When the weights become ternary, how the angles start, and what holds when.
 
     Each position is a fraction of the training (float in [0, 1]) or a number of optimizer steps
     (int): ``start=0.1`` is a tenth of the training, ``start=100`` is step 100, ``end=1.0`` is its
@@ -38,7 +59,7 @@ class Plan:
 
     Raises:
         ConfigError: A position is negative, not finite or a fraction above 1, the end comes before
-            the start, or the shape is unknown.
+            the start, the shape is unknown, or a factor is out of range.
     """
 
     start: int | float = 0.1
@@ -49,28 +70,40 @@ class Plan:
     """How lambda rises between the two."""
     angle_warmup: int | float = 0
     """Length of the linear warm-up of the angles' learning rate (fraction, or optimizer steps)."""
+    freeze_latents: int | float = 0
+    """Length of a first phase in which the latent matrices stand still while angles, gains, biases
+    and the router learn (fraction, or optimizer steps)."""
+    second_stage: int | float | None = None
+    """Where BitNet's second stage begins (fraction, or optimizer steps); 0.5 there, None: never."""
+    second_lr_factor: float = 0.6
+    """Factor > 0 on every learning rate in the second stage (BitNet: 0.53 to 0.67)."""
+    second_decay_factor: float = 0.0
+    """Factor >= 0 on every weight decay in the second stage (BitNet: 0)."""
 
     def __post_init__(self) -> None:
         """Check each position, and their order where both are of one kind."""
-        for name in ("start", "end", "angle_warmup"):
-            _check_position(name, getattr(self, name))
+        for name in _POSITIONS:
+            value = getattr(self, name)
+            if value is not None or name != "second_stage":
+                check_position(name, value)
         if self.shape not in SHAPES:
             raise ConfigError(
                 f"the shape of a plan must be one of {tuple(SHAPES)}",
                 got=f"shape={self.shape!r}",
                 fix="Use shape='cosine'.",
             )
+        _check_factor("second_lr_factor", self.second_lr_factor, positive=True)
+        _check_factor("second_decay_factor", self.second_decay_factor, positive=False)
         if type(self.start) is type(self.end):
-            _check_order(self.start, self.end)
+            check_order(self.start, self.end)
 
     @property
     def is_absolute(self) -> bool:
         """Whether every position is a number of steps (or 0.0), so that no total is needed."""
-        positions = (self.start, self.end, self.angle_warmup)
-        return not any(isinstance(value, float) and value for value in positions)
+        return not any(needs_length(getattr(self, name)) for name in _POSITIONS)
 
-    def steps(self, total: float | None) -> tuple[int, int, int]:
-        """Start, end and angle warm-up in optimizer steps.
+    def steps(self, total: float | None) -> PlanSteps:
+        """The positions in optimizer steps.
 
         Args:
             total: Optimizer steps of the whole training; None is enough for an absolute plan.
@@ -79,20 +112,24 @@ class Plan:
             ConfigError: Fractions of an unknown length (None, -1, infinite), or the end comes
                 before the start.
         """
-        if not self.is_absolute and not _is_length(total):
+        if not self.is_absolute and not is_length(total):
             raise ConfigError(
                 "a plan in fractions needs the number of training steps",
                 got=f"{total} steps",
-                fix="Set Trainer(max_steps=...), give ButterflyMoECallback(total_steps=...), or "
-                "write the plan in steps: Plan(start=1000, end=6000).",
+                fix="Set Trainer(max_steps=...), give the callback total_steps=..., or write the "
+                "plan in steps: Plan(start=1000, end=6000).",
             )
-        length = max(int(total or 0), 1) if _is_length(total) else 1
-        start, end, warmup = (
-            round(v * length) if isinstance(v, float) else v
-            for v in (self.start, self.end, self.angle_warmup)
+        length = max(int(total or 0), 1) if is_length(total) else 1
+        second = None if self.second_stage is None else to_steps(self.second_stage, length)
+        found = PlanSteps(
+            to_steps(self.start, length),
+            to_steps(self.end, length),
+            to_steps(self.angle_warmup, length),
+            to_steps(self.freeze_latents, length),
+            second,
         )
-        _check_order(start, end)
-        return start, end, warmup
+        check_order(found.start, found.end)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -107,8 +144,9 @@ def plan_at(step: int, total: float | None, plan: Plan | None = None) -> PlanSta
     with a shape g that rises from exactly 0 to exactly 1, and constant outside.
 
     Example:
-        >>> plan_at(3, 10, Plan(start=2, end=4, shape="linear"))
-        PlanState(blend=0.5, angle_factor=1.0, latent_factor=1.0, phase='blending')
+        >>> state = plan_at(3, 10, Plan(start=2, end=4, shape="linear", freeze_latents=5))
+        >>> state.blend, state.latent_factor, state.phase
+        (0.5, 0.0, 'blending')
 
     Args:
         step: Optimizer steps finished so far, >= 0.
@@ -118,67 +156,39 @@ def plan_at(step: int, total: float | None, plan: Plan | None = None) -> PlanSta
     Raises:
         ConfigError: The plan is in fractions and `total` is unknown (None, -1, infinite).
 
-    Source: BitNet-style gradual quantisation; the shapes ours.
+    Source: BitNet-style gradual quantisation, and the second stage of "The Era of 1-bit LLMs:
+    Training Tips, Code and FAQ"; the shapes and the frozen phase ours.
     """
     plan = plan or Plan()
-    start, end, warmup = plan.steps(total)
-    angle_factor = 1.0 if step >= warmup else (step + 1) / (warmup + 1)
-    if step >= end:
-        return PlanState(1.0, angle_factor, 1.0, "ternary")
-    if step <= start:
-        return PlanState(0.0, angle_factor, 1.0, "latent")
-    blend = SHAPES[plan.shape]((step - start) / (end - start))
-    return PlanState(min(max(blend, 0.0), 1.0), angle_factor, 1.0, "blending")
+    at = plan.steps(total)
+    blend, phase = _blend(step, at, plan.shape)
+    second = at.second_stage is not None and step >= at.second_stage
+    return PlanState(
+        blend,
+        1.0 if step >= at.angle_warmup else (step + 1) / (at.angle_warmup + 1),
+        1.0 if step >= at.freeze_latents else 0.0,
+        phase,
+        float(plan.second_lr_factor) if second else 1.0,
+        float(plan.second_decay_factor) if second else 1.0,
+    )
 
 
-def _linear(t: float) -> float:
-    return t
+def _blend(
+    step: int, at: PlanSteps, shape: str
+) -> tuple[float, Literal["latent", "blending", "ternary"]]:
+    if step >= at.end:
+        return 1.0, "ternary"
+    if step <= at.start:
+        return 0.0, "latent"
+    value = SHAPES[shape]((step - at.start) / (at.end - at.start))
+    return min(max(value, 0.0), 1.0), "blending"
 
 
-def _cosine(t: float) -> float:
-    return 0.5 * (1.0 - math.cos(math.pi * t))
-
-
-def _exponential(t: float) -> float:
-    rate = _STEEPNESS["exponential"]
-    return math.expm1(-rate * t) / math.expm1(-rate)
-
-
-def _sigmoid(t: float) -> float:
-    rate = _STEEPNESS["sigmoid"]
-    return 0.5 + 0.5 * math.tanh(rate * (t - 0.5) / 2) / math.tanh(rate / 4)
-
-
-SHAPES: dict[str, Callable[[float], float]] = {
-    "linear": _linear,
-    "cosine": _cosine,
-    "exponential": _exponential,
-    "sigmoid": _sigmoid,
-}
-"""Name -> g on [0, 1], monotone, 0 at 0 and 1 at 1. `exponential` rises fast first."""
-
-
-def _check_position(name: str, value: object) -> None:
+def _check_factor(name: str, value: object, *, positive: bool) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type,operator]
-        rule = f"{name} must be a fraction in [0, 1] (float) or a number of steps >= 0 (int)"
-        raise ConfigError(rule, got=f"{name}={value!r}", fix="Use 0.1 for a tenth of the training.")
-    if isinstance(value, float) and value > 1:
+    if not number or not math.isfinite(value) or value < 0 or (positive and value == 0):  # type: ignore[arg-type,operator]
         raise ConfigError(
-            f"{name} as a float is a fraction of the training and at most 1.0",
+            f"{name} must be a finite number {'>' if positive else '>='} 0",
             got=f"{name}={value!r}",
-            fix=f"Use {name}={round(value)} for a number of steps.",
+            fix="Use 1.0 to change nothing in the second stage.",
         )
-
-
-def _check_order(start: float, end: float) -> None:
-    if start > end:
-        raise ConfigError(
-            "the end of a plan must not come before its start",
-            got=f"start={start}, end={end}",
-            fix="Note that floats are fractions of the training and ints are steps.",
-        )
-
-
-def _is_length(total: object) -> bool:
-    return isinstance(total, int | float) and math.isfinite(total) and total >= 0

@@ -4,39 +4,36 @@ torch (2.10 and later) walks groups and a scheduler's per-group values in strict
 must grow with the groups, in schedulers that others are made of too.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
+
+# Lists with one value per group. A new group goes on with the value of the group it was cut from.
+_PER_GROUP = (
+    "base_lrs",
+    "_last_lr",
+    "min_lrs",
+    "max_lrs",
+    "lr_lambdas",
+    "base_momentums",
+    "max_momentums",
+    "swa_lrs",
+)
 
 
-class Piece(NamedTuple):
-    """Where a new group comes from: old group `source`, with its learning rate times `factor`."""
-
-    source: int
-    factor: float
-
-
-# Per-group lists that hold learning rates: they are scaled.
-_RATES = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")
-# Per-group lists that hold something else: they are repeated.
-_OTHERS = ("lr_lambdas", "base_momentums", "max_momentums", "swa_lrs")
-# Learning rates that schedulers and finders keep in the groups themselves.
-RATE_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
-
-
-def extend_scheduler(scheduler: Any, pieces: Sequence[Piece], groups_before: int) -> None:
+def extend_scheduler(scheduler: Any, sources: Sequence[int], groups_before: int) -> None:
     """Give a scheduler one value per new group; schedulers inside it too.
 
     Example:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
         >>> scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
-        >>> extend_scheduler(scheduler, [Piece(0, 1.0), Piece(0, 20.0)], groups_before=1)
+        >>> extend_scheduler(scheduler, [0, 0], groups_before=1)
         >>> scheduler.base_lrs
-        [0.1, 2.0]
+        [0.1, 0.1]
 
     Args:
         scheduler: Any scheduler of `torch.optim.lr_scheduler`, or one of its kind.
-        pieces: The groups after the split, in order.
+        sources: For each group after the split, the index of the old group it was cut from.
         groups_before: Number of groups before it.
     """
     seen: set[int] = set()
@@ -46,17 +43,9 @@ def extend_scheduler(scheduler: Any, pieces: Sequence[Piece], groups_before: int
         if one is None or id(one) in seen:
             continue
         seen.add(id(one))
-        for name in (*_RATES, *_OTHERS):
+        for name in _PER_GROUP:
             values = vars(one).get(name)
             if isinstance(values, list | tuple) and len(values) == groups_before:
-                scale = _scaled if name in _RATES else _kept
-                setattr(one, name, type(values)(scale(values[p.source], p.factor) for p in pieces))
+                setattr(one, name, type(values)(values[i] for i in sources))
         waiting += list(vars(one).get("_schedulers", ()))
         waiting += [vars(one).get("after_scheduler"), vars(one).get("anneal_scheduler")]
-
-
-def _scaled(value: Any, factor: float) -> Any:
-    return value if factor == 1.0 else value * factor
-
-
-_kept: Callable[[Any, float], Any] = lambda value, factor: value  # noqa: E731

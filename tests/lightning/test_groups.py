@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
 from lightning_bfmoe import ButterflyMoECallback
@@ -30,6 +31,10 @@ SETUPS = {
     "adamw-lambda": (adamw, lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step))),
     "adamw-one-cycle": (adamw, lambda o: lr_scheduler.OneCycleLR(o, 0.01, total_steps=12)),
     "sgd-cosine": (sgd, lambda o: lr_scheduler.CosineAnnealingLR(o, 12)),
+    "adamw-cosine-to-a-minimum": (
+        adamw,
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 12, eta_min=0.005),
+    ),
     "sgd-sequential": (sgd, sequential),
     "adam-plateau": (adam, lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=2)),
     "adam-step": (adam, lambda o: lr_scheduler.StepLR(o, 5)),
@@ -56,6 +61,30 @@ class Scheduled(InInit):
         return loss
 
 
+def rates_and_decays(module, optimizer):
+    """Learning rate and decay by role ("dense": not ours), as the groups hold them now."""
+    roles = parameter_roles(module)
+    found = {}
+    for name, parameter in module.named_parameters():
+        (group,) = (g for g in optimizer.param_groups if any(parameter is p for p in g["params"]))
+        found.setdefault(roles.get(name, "dense"), set()).add((group["lr"], group["weight_decay"]))
+    assert all(len(values) == 1 for values in found.values())
+    return {role: values.pop() for role, values in found.items()}
+
+
+class Steps(Callback):
+    """What each optimizer step is taken with, by role."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_start(self, trainer, module):
+        (optimizer,) = trainer.optimizers
+        optimizer.register_step_pre_hook(
+            lambda o, *_: self.seen.append(rates_and_decays(module, o))
+        )
+
+
 def run(setup, tmp_path, *others, factor=20.0, **fit):
     torch.manual_seed(1)
     module = Scheduled(setup)
@@ -67,26 +96,18 @@ def run(setup, tmp_path, *others, factor=20.0, **fit):
     return module, trainer
 
 
-def rates_and_decays(module, optimizer):
-    """Learning rate and decay by role ("dense": not ours)."""
-    roles = parameter_roles(module)
-    found = {}
-    for name, parameter in module.named_parameters():
-        (group,) = (g for g in optimizer.param_groups if any(parameter is p for p in g["params"]))
-        found.setdefault(roles.get(name, "dense"), set()).add((group["lr"], group["weight_decay"]))
-    assert all(len(values) == 1 for values in found.values())
-    return {role: values.pop() for role, values in found.items()}
-
-
 @pytest.mark.parametrize("setup", SETUPS)
 def test_angles_have_their_own_groups_and_a_resume_is_exact(setup, tmp_path):
-    whole, trainer = run(setup, tmp_path)
-    optimizer = trainer.optimizers[0]
-    found = rates_and_decays(whole, optimizer)
-    rate, decay = found["dense"]
-    assert found["latent"] == (rate, decay)
-    assert found["angle"] == (pytest.approx(20 * rate), 0)
-    assert found["gain"] == found["router"] == found["bias"] == (rate, 0)
+    steps = Steps()
+    whole, trainer = run(setup, tmp_path, steps)
+    assert len(steps.seen) == 12
+    for found in steps.seen:
+        rate, decay = found["dense"]
+        assert found["latent"] == (rate, decay)
+        assert found["angle"] == (20 * rate, 0)
+        assert found["gain"] == found["router"] == found["bias"] == (rate, 0)
+    between = rates_and_decays(whole, trainer.optimizers[0])
+    assert len({rate for rate, _ in between.values()}) == 1
 
     run(setup, tmp_path, StopAt(5, tmp_path / "five.ckpt"))
     resumed, again = run(setup, tmp_path, ckpt_path=tmp_path / "five.ckpt")
@@ -96,7 +117,24 @@ def test_angles_have_their_own_groups_and_a_resume_is_exact(setup, tmp_path):
 
 
 def test_factor_one_gives_all_parameters_one_rate(tmp_path):
-    module, trainer = run("adamw-none", tmp_path, factor=1.0)
-    found = rates_and_decays(module, trainer.optimizers[0])
+    steps = Steps()
+    run("adamw-none", tmp_path, steps, factor=1.0)
+    found = steps.seen[-1]
     assert {rate for rate, _ in found.values()} == {0.01}
     assert found["angle"][1] == 0.0 and found["latent"][1] == 0.1
+
+
+def test_a_warm_up_in_optimizer_step_leaves_the_factor(tmp_path):
+    """The recipe of Lightning's documentation: one number into all groups."""
+
+    class Warm(InInit):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            optimizer.step(closure=optimizer_closure)
+            for group in optimizer.param_groups:
+                group["lr"] = self.hparams.lr * min(1.0, (self.trainer.global_step + 1) / 4)
+
+    steps, module = Steps(), Warm()
+    trainer = make_trainer(tmp_path, ButterflyMoECallback(num_experts=2, verbose=False), steps)
+    trainer.fit(module, Loader())
+    assert [found["angle"][0] / found["dense"][0] for found in steps.seen] == [5.0] * 12
+    assert len({found["dense"][0] for found in steps.seen}) == 4

@@ -1,6 +1,7 @@
 """The plan in a running Trainer: counting, lambda, logs, precision, and unusual ways to train."""
 
 import csv
+import itertools
 from pathlib import Path
 
 import pytest
@@ -278,8 +279,8 @@ def test_the_angles_warm_up_without_the_scheduler_noticing(tmp_path):
     trainer = make_trainer(tmp_path, ours, Rates(), max_epochs=1)
     trainer.fit(InInit(), Loader())
     assert inside == pytest.approx([0.05 * f for f in (0.25, 0.5, 0.75, 1, 1, 1)])
-    assert outside == [0.05] * 6
-    assert not ours._handles and ours._parts is None
+    assert outside == [0.01] * 6
+    assert not ours.angles._handles
 
 
 def test_the_finders_leave_the_plan_alone(tmp_path):
@@ -299,9 +300,16 @@ def test_the_finders_leave_the_plan_alone(tmp_path):
         LearningRateFinder(num_training_steps=20),
         BatchSizeFinder("power", steps_per_trial=1, max_trials=2),
     ]
-    for finder in finders:
-        blends, ours = Blends(), callback()
-        trainer = make_trainer(tmp_path, finder, ours, blends, max_epochs=2)
+    for finder, first in itertools.product(finders, (True, False)):
+        blends, ours, rates = Blends(), callback(), []
+        plugins = [finder, ours] if first else [ours, finder]
+
+        class Rates(Callback):
+            def on_train_start(self, trainer, module, rates=rates):
+                look = lambda o, *_: rates.append([g["lr"] for g in o.param_groups])  # noqa: E731
+                trainer.optimizers[0].register_step_pre_hook(look)
+
+        trainer = make_trainer(tmp_path, *plugins, blends, Rates(), max_epochs=2)
         module = Sized()
         trainer.fit(module)
         total = trainer.global_step
@@ -309,5 +317,5 @@ def test_the_finders_leave_the_plan_alone(tmp_path):
         assert blends.training[-total:] == pytest.approx(
             [plan_at(step, total).blend for step in range(total)]
         )
-        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
-        assert rates[-1] == pytest.approx(5 * rates[0])
+        assert len(rates) == total
+        assert all(group[-1] == pytest.approx(5 * group[0]) for group in rates)

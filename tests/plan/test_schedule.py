@@ -14,7 +14,7 @@ SHAPES = ["linear", "cosine", "exponential", "sigmoid"]
 @pytest.mark.parametrize(("start", "end"), [(0.1, 0.6), (0.0, 1.0), (7, 93), (0, 100), (0.5, 60)])
 def test_lambda_is_monotone_and_exact_at_its_ends(shape, start, end):
     plan = Plan(start=start, end=end, shape=shape)
-    first, last, _ = plan.steps(100)
+    first, last, *_ = plan.steps(100)
     values = [plan_at(step, 100, plan).blend for step in range(101)]
     assert values == sorted(values)
     assert set(values[: first + 1]) == {0.0} and set(values[last:]) == {1.0}
@@ -87,6 +87,13 @@ def test_the_angles_warm_up_to_exactly_one():
         ({"start": 7, "end": 6}, "must not come before"),
         ({"shape": "step"}, "shape='step'"),
         ({"angle_warmup": -1}, "angle_warmup must be"),
+        ({"freeze_latents": None}, "freeze_latents must be"),
+        ({"freeze_latents": 50.0}, "Use freeze_latents=50"),
+        ({"second_stage": -0.5}, "second_stage must be"),
+        ({"second_lr_factor": 0.0}, "second_lr_factor must be a finite number > 0"),
+        ({"second_lr_factor": math.inf}, "second_lr_factor must be a finite number > 0"),
+        ({"second_decay_factor": -1}, "second_decay_factor must be a finite number >= 0"),
+        ({"second_decay_factor": None}, "second_decay_factor must be a finite number >= 0"),
     ],
 )
 def test_bad_plans_say_what_is_wrong(settings, message):
@@ -95,12 +102,38 @@ def test_bad_plans_say_what_is_wrong(settings, message):
 
 
 def test_mixed_positions_are_ordered_when_the_length_is_known():
-    assert Plan(start=10, end=0.5).steps(100) == (10, 50, 0)
+    assert Plan(start=10, end=0.5).steps(100) == (10, 50, 0, 0, None)
     with pytest.raises(ConfigError, match="must not come before"):
         plan_at(0, 10, Plan(start=10, end=0.5))
 
 
 def test_a_plan_is_plain_data():
-    plan = Plan(start=3, end=0.5, shape="sigmoid", angle_warmup=2)
+    plan = Plan(start=3, end=0.5, shape="sigmoid", angle_warmup=2, freeze_latents=0.25)
     assert Plan(**plan.to_dict()) == plan
-    assert {type(value) for value in plan.to_dict().values()} <= {int, float, str}
+    assert {type(value) for value in plan.to_dict().values()} <= {int, float, str, type(None)}
+
+
+def test_latents_stand_still_first_whatever_lambda_does():
+    plan = Plan(start=2, end=6, freeze_latents=4)
+    states = [plan_at(step, None, plan) for step in range(7)]
+    assert [state.latent_factor for state in states] == [0.0] * 4 + [1.0] * 3
+    assert states[3].phase == "blending" and states[3].blend == pytest.approx(0.1464, abs=1e-4)
+    halves = [plan_at(step, 20, Plan(freeze_latents=0.25)).latent_factor for step in (4, 5)]
+    assert halves == [0.0, 1.0]
+
+
+def test_the_second_stage_lowers_rates_and_ends_the_decay():
+    plan = Plan(second_stage=0.5, second_lr_factor=0.6)
+    found = [plan_at(step, 10, plan)[-2:] for step in (0, 4, 5, 10, 99)]
+    assert found == [(1.0, 1.0), (1.0, 1.0), (0.6, 0.0), (0.6, 0.0), (0.6, 0.0)]
+    assert {plan_at(step, 10)[-2:] for step in range(12)} == {(1.0, 1.0)}
+
+
+@pytest.mark.parametrize("name", ["start", "angle_warmup", "freeze_latents", "second_stage"])
+def test_any_fraction_needs_the_length(name):
+    absolute = Plan(start=0, end=10)
+    assert absolute.is_absolute
+    plan = Plan(**{**absolute.to_dict(), name: 0.5})
+    assert not plan.is_absolute
+    with pytest.raises(ConfigError, match="number of training steps"):
+        plan.steps(None)
