@@ -202,9 +202,7 @@ def build_packed(
         if isinstance(module, PackedSubstrate):
             module.ternary()  # raises unless every byte is a code
         elif isinstance(module, TopKRouter):
-            device = module.weight.device
-            module._loss_scale = torch.ones((), device=device)
-            module._pending_load = torch.zeros(module.num_experts, dtype=torch.int64, device=device)
+            module.start_counting()
     return layer
 
 

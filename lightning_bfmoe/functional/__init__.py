@@ -9,6 +9,7 @@ from lightning_bfmoe.functional.butterfly import (
     num_stages,
     stage_pairs,
 )
+from lightning_bfmoe.functional.noise import counter_noise
 from lightning_bfmoe.functional.outliers import (
     crest_factor,
     excess_kurtosis,
@@ -48,6 +49,7 @@ __all__ = [
     "butterfly_matrix",
     "check_finite",
     "combine",
+    "counter_noise",
     "crest_factor",
     "dead_experts",
     "dequantize_ternary",

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_bfmoe.errors import ConfigError
@@ -59,16 +59,26 @@ def route_top_k(
     return TopK(experts, weights, logits.softmax(dim=-1))
 
 
-def expert_load(experts: Int[Tensor, "*slots"], num_experts: int) -> Int[Tensor, " experts"]:
+def expert_load(
+    experts: Int[Tensor, "*slots"],
+    num_experts: int,
+    counted: Bool[Tensor, "*slots"] | None = None,
+) -> Int[Tensor, " experts"]:
     """How many (token, slot) pairs each expert received.
 
     Example:
         >>> expert_load(torch.tensor([[0, 2], [2, 1]]), 4).tolist()
         [1, 1, 2, 0]
+
+    Args:
+        experts: Chosen expert ids.
+        num_experts: Experts (count).
+        counted: Which pairs count; all when None. A token whose logits are NaN chooses nothing.
     """
     flat = experts.reshape(-1)
     load = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
-    return load.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int64))
+    ones = torch.ones_like(flat) if counted is None else counted.reshape(-1)
+    return load.scatter_add_(0, flat, ones.to(torch.int64))
 
 
 def switch_loss(
@@ -79,26 +89,30 @@ def switch_loss(
     .. math:: L = E \sum_i f_i P_i ,\quad f_i = \frac{\text{slots of } i}{T k} ,\quad
        P_i = \frac{1}{T} \sum_t p_{t,i}
 
-    The gradient flows through P only.
+    The gradient flows through P only. Without tokens L = 0.
 
     Source: Switch Transformer (arXiv 2101.03961), eq. 4-6, generalised to k > 1.
     """
     num_experts = probs.shape[-1]
     share = expert_load(experts, num_experts).to(probs.dtype) / max(experts.numel(), 1)
-    return num_experts * (share * probs.mean(dim=0)).sum()
+    mean = probs.sum(dim=0) / max(probs.shape[0], 1)  # (experts,)
+    return num_experts * (share * mean).sum()
 
 
 def z_loss(logits: Float[Tensor, "tokens experts"]) -> Float[Tensor, ""]:
     r"""Keeps the logits small: mean over tokens of (log sum exp logits)^2.
 
+    Without tokens it is 0.
+
     Source: ST-MoE (arXiv 2202.08906), eq. 5.
     """
-    return logits.logsumexp(dim=-1).square().mean()
+    total: Tensor = logits.logsumexp(dim=-1).square().sum()
+    return total / max(logits.shape[0], 1)
 
 
 def balance_step(
-    bias: Float[Tensor, " experts"], load: Int[Tensor, " experts"], rate: float
-) -> Float[Tensor, " experts"]:
+    bias: Float[Tensor, "*layers experts"], load: Int[Tensor, "*layers experts"], rate: float
+) -> Float[Tensor, "*layers experts"]:
     r"""One gradient-free step of the balance bias: b_i + u sign(mean load - load_i).
 
     Only the sign of the difference counts, so a load summed over micro-batches or ranks serves.
@@ -110,7 +124,7 @@ def balance_step(
     Source: Loss-free balancing, arXiv 2408.15664, algorithm 1.
     """
     load = load.to(bias.dtype)
-    return bias + rate * torch.sign(load.mean() - load)
+    return bias + rate * torch.sign(load.mean(dim=-1, keepdim=True) - load)
 
 
 class ExpertGroups(NamedTuple):

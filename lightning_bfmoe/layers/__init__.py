@@ -14,7 +14,7 @@ from lightning_bfmoe.layers.experts import ButterflyExperts
 from lightning_bfmoe.layers.linear import ButterflyLinear
 from lightning_bfmoe.layers.moe import ButterflyMoE
 from lightning_bfmoe.layers.rotation import Rotation
-from lightning_bfmoe.layers.router import Routing, TopKRouter
+from lightning_bfmoe.layers.router import Routing, TopKRouter, balance_together
 from lightning_bfmoe.layers.substrate import PackedSubstrate, Substrate
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Substrate",
     "TopKRouter",
     "attach_loss",
+    "balance_together",
     "moe_layers",
     "parameter_roles",
     "routers",

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_bfmoe.layers.experts import ButterflyExperts
 from lightning_bfmoe.layers.moe import ButterflyMoE
-from lightning_bfmoe.layers.router import TopKRouter
+from lightning_bfmoe.layers.router import TopKRouter, balance_together
 
 _ROLES = {
     "angles": "angle",
@@ -46,8 +46,7 @@ def set_blend(model: nn.Module, value: float) -> None:
 
 def update_balance(model: nn.Module) -> None:
     """Move every balance bias once; call it after `optimizer.step()`."""
-    for _, router in routers(model):
-        router.update_balance()
+    balance_together(router for _, router in routers(model))
 
 
 def set_loss_scale(model: nn.Module, value: float) -> None:

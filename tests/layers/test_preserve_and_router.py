@@ -151,14 +151,6 @@ def test_balance_counts_all_micro_batches_and_not_evaluation():
     assert layer.router.pending_load.sum() == 0 and layer.router.balance_bias.abs().max() > 0
 
 
-def test_router_noise_only_in_training():
-    layer = ButterflyMoE(12, 20, num_experts=8, router_noise=3.0)
-    x = torch.randn(64, 12)
-    assert not torch.equal(layer.router(x).experts, layer.router(x).experts)
-    layer.eval()
-    assert torch.equal(layer.router(x).experts, layer.router(x).experts)
-
-
 @pytest.mark.parametrize(
     "weights", [{"switch_weight": 0.3}, {"z_weight": 0.2}, {"switch_weight": 0.3, "z_weight": 0.2}]
 )
