@@ -11,6 +11,7 @@ _DOOR = {
     "ButterflyMoE": "lightning_bfmoe.layers",
     "ButterflyMoECallback": "lightning_bfmoe.callbacks",
     "ButterflyMoEConfig": "lightning_bfmoe.config",
+    "ButterflyMoEStrategy": "lightning_bfmoe.strategy",
     "BFMoEError": "lightning_bfmoe.errors",
     "ExpertUsage": "lightning_bfmoe.callbacks",
     "Plan": "lightning_bfmoe.plan",
@@ -39,3 +40,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_DOOR])
+
+
+def _register_strategies() -> None:
+    """Let ``Trainer(strategy="bfmoe")`` be found, now or when Lightning is imported."""
+    from lightning_bfmoe.strategy import registry
+
+    registry.install()
+
+
+_register_strategies()

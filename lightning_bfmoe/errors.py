@@ -48,3 +48,7 @@ class PackedFileError(BFMoEError):
 
 class CheckpointError(BFMoEError):
     """A training checkpoint does not fit the model or the callback's settings."""
+
+
+class ReplicaError(BFMoEError):
+    """Copies of a model on several processes are not, or would not stay, equal."""

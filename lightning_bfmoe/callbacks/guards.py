@@ -14,6 +14,15 @@ from lightning_bfmoe.layers import moe_layers
 # Callbacks that copy or collect modules in their own `setup`, so the swap must come first.
 _AFTER_US = ("WeightAveraging", "StochasticWeightAveraging", "ModelPruning")
 
+_SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"}
+_REFUSED = {
+    "DeepSpeedStrategy": "its engine owns the optimizer, whose groups could not be split later",
+    "FSDPStrategy": "FSDP1 flattens parameters, so angles cannot have a group of their own",
+    "XLAStrategy": "nobody has tried it with these layers",
+    "SingleDeviceXLAStrategy": "nobody has tried it with these layers",
+}
+"""Class, or base class, of a strategy -> why it is refused."""
+
 
 def check_order(trainer: pl.Trainer, ours: pl.Callback) -> None:
     """Callbacks that copy the model or collect its modules in `setup` stand behind ours.
@@ -35,25 +44,35 @@ def check_order(trainer: pl.Trainer, ours: pl.Callback) -> None:
 
 
 def check_strategy(trainer: pl.Trainer, module: nn.Module) -> None:
-    """Strategies that own optimizer and parameters, or train in spawned processes, are refused.
+    """One device, DDP and FSDP2 (`ModelParallelStrategy`) are supported; all else is refused.
+
+    By the names of the classes, since `pytorch_lightning` has classes of its own.
 
     Raises:
-        SwapError: DeepSpeed; spawn and fork launchers, whose workers would swap and train while
-            the caller's module, to which Lightning returns the weights, stays dense.
+        SwapError: Another strategy; or one that spawns or forks, whose workers would swap and train
+            while the caller's module, to which Lightning returns the weights, stays dense.
     """
-    name = type(trainer.strategy).__name__
-    spawns = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
-    if spawns and next(moe_layers(module), None) is None:
+    strategy = trainer.strategy
+    name, kinds = type(strategy).__name__, [cls.__name__ for cls in type(strategy).__mro__]
+    refused = [kind for kind in kinds if kind in _REFUSED]
+    if refused or not _SUPPORTED & set(kinds):
+        why = _REFUSED[refused[0]] if refused else "nobody has tried it with these layers"
+        raise SwapError(
+            "swapped layers train on one device, with DDP, or with FSDP2 (ModelParallelStrategy)",
+            got=f"strategy {name}: {why}",
+            fix="Use strategy='bfmoe', 'ddp' or 'auto'. Where the model is too large for one "
+            "device, use ModelParallelStrategy: swap_feed_forward before fully_shard in "
+            "configure_model.",
+        )
+    spawns = isinstance(strategy.launcher, _MultiProcessingLauncher)
+    returns = getattr(strategy, "swaps_in_main_process", False)
+    if spawns and not returns and next(moe_layers(module), None) is None:
         raise SwapError(
             "the processes that train are started from a swapped module",
             got=f"strategy {name}, which spawns or forks them",
-            fix="Use strategy='ddp', or swap_feed_forward(module, ...) before fit.",
-        )
-    if "DeepSpeed" in name:
-        raise SwapError(
-            "parameter groups are split after the optimizer is built, which this strategy forbids",
-            got=f"strategy {name}",
-            fix="Use strategy='ddp', 'auto' or ModelParallelStrategy (FSDP2).",
+            fix="Use strategy='bfmoe_ddp_spawn', 'bfmoe_ddp_fork' or 'bfmoe_ddp_notebook', which "
+            "bring the result back; or strategy='ddp'; or swap_feed_forward(module, ...) before "
+            "fit.",
         )
 
 
