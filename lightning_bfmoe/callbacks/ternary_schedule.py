@@ -84,10 +84,10 @@ class TernarySchedule(Planned):
             total = self.clock.total
             planned = f"{total} planned steps" if total else f"the plan's {self.plan.end} steps"
             rank_zero_warn(
-                f"The training ended at lambda {blend:.3f}, after {self.clock.step} of "
-                f"{planned}: the weights are not ternary yet and pack() "
-                "refuses them. Train on, or give the callback as total_steps=... the optimizer "
-                "steps that this training takes (with manual optimisation they cannot be foreseen).",
+                f"The training ended at lambda {blend:.3f}, after {self.clock.step} of {planned}: "
+                "the weights are not ternary yet and pack() refuses them. Train on, or give the "
+                "callback as total_steps=... the optimizer steps that this training takes (with "
+                "manual optimisation they cannot be foreseen).",
                 stacklevel=2,
             )
 

@@ -1,14 +1,15 @@
 """Factors on learning rate and weight decay that hold during an optimizer step, and only then.
 
-Between two steps the groups hold what their owner wrote there. So a scheduler, a learning-rate
-finder, a checkpoint or a line of the user's that sets ``group["lr"]`` never meets a factor.
+Between two steps the groups hold what their owner wrote there, and while the closure of a step runs
+as well (which is where Lightning runs `training_step`). So a scheduler, a learning-rate finder, a
+checkpoint or a line of the user's that sets ``group["lr"]`` never meets a factor.
 """
 
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_bfmoe.errors import ConfigError
 
@@ -80,8 +81,28 @@ class _Scaler:
         self.rules: dict[Hashable, Rule] = {}
         self.kept: list[tuple[dict[str, Any], str, Any]] = []
 
-    def before(self, optimizer: Optimizer, *_: Any) -> None:
-        self.restore()  # a step that raised has left its factors
+    def before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        inside = args[0] is optimizer if args else False  # torch passes it along, others may not
+        place = int(inside)
+        closure = kwargs.get("closure", args[place] if len(args) > place else None)
+        if not callable(closure) or isinstance(optimizer, LBFGS):  # reads its rate at once
+            self.scale(optimizer)
+            return None
+
+        def closure_then_scale() -> Any:
+            self.restore()
+            result = closure()
+            self.scale(optimizer)
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure_then_scale}
+        return (*args[:place], closure_then_scale, *args[place + 1 :]), kwargs
+
+    def scale(self, optimizer: Optimizer) -> None:
+        self.restore()  # a step that raised, or that calls its parent's, has left its factors
         for group in optimizer.param_groups:
             factors = [rule(group) for rule in self.rules.values()]
             for i, name in enumerate(_SCALED):

@@ -8,6 +8,7 @@ from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from lightning_bfmoe import ButterflyMoECallback
 from lightning_bfmoe.layers import parameter_roles
 from tests.lightning.modules import InInit, Loader, StopAt, assert_same_state, make_trainer
+from tests.plan.spy import spy_on_steps
 
 
 def adamw(parameters):
@@ -80,9 +81,12 @@ class Steps(Callback):
 
     def on_train_start(self, trainer, module):
         (optimizer,) = trainer.optimizers
-        optimizer.register_step_pre_hook(
-            lambda o, *_: self.seen.append(rates_and_decays(module, o))
-        )
+
+        def note(group):
+            if group is optimizer.param_groups[-1]:
+                self.seen.append(rates_and_decays(module, optimizer))
+
+        spy_on_steps(optimizer, note)
 
 
 def run(setup, tmp_path, *others, factor=20.0, **fit):

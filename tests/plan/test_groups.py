@@ -9,6 +9,7 @@ from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
 from lightning_bfmoe.errors import ConfigError
 from lightning_bfmoe.plan import GROUP_KEY, split_parameter_groups
+from tests.plan.spy import spy_on_steps
 
 OPTIMIZERS = {
     "adamw": lambda groups: AdamW(groups, lr=0.01, weight_decay=0.1),
@@ -69,11 +70,11 @@ class Parameters:
     def rates(self):
         """Learning rate of each role's group in the middle of a step."""
         seen = {}
-        hook = self.optimizer.register_step_pre_hook(
-            lambda *_: seen.update({id(p): g["lr"] for g in self.groups for p in g["params"]})
+        end = spy_on_steps(
+            self.optimizer, lambda g: seen.update({id(p): g["lr"] for p in g["params"]})
         )
         self.step()
-        hook.remove()
+        end()
         names = ("dense", "latent", "angle", "router", "gain", "other")
         return {n: seen[id(getattr(self, n))] for n in names if id(getattr(self, n)) in seen}
 

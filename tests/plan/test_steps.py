@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, AdamW
 
 from lightning_bfmoe.plan import scale_steps
 from lightning_bfmoe.plan.steps import _scalers
+from tests.plan.spy import spy_on_steps
 
 OPTIMIZERS = {
     "adamw": lambda p: AdamW(p, lr=0.01, weight_decay=0.1),
@@ -68,8 +69,7 @@ def test_rules_of_several_owners_multiply_and_end_in_any_order():
     p = parameter()
     optimizer, inside = SGD([p], lr=1.0, weight_decay=0.5), []
     handles = [scale_steps(optimizer, lambda group, f=f: (f, f)) for f in (2.0, 3.0, 5.0)]
-    look = lambda o, *_: inside.append((o.param_groups[0]["lr"], o.param_groups[0]["weight_decay"]))  # noqa: E731
-    optimizer.register_step_pre_hook(look)
+    spy_on_steps(optimizer, lambda group: inside.append((group["lr"], group["weight_decay"])))
     for i in range(4):
         step(optimizer, p, i)
         assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (
@@ -81,18 +81,54 @@ def test_rules_of_several_owners_multiply_and_end_in_any_order():
     assert inside == [(30.0, 15.0), (10.0, 5.0), (5.0, 2.5), (1.0, 0.5)]
 
 
-def test_a_step_that_raises_leaves_no_factor_behind():
-    p = parameter()
+@pytest.mark.parametrize("call", [lambda o, c: o.step(c), lambda o, c: o.step(closure=c)])
+def test_a_closure_sees_and_sets_the_users_values(call):
+    p, inside = parameter(), []
     optimizer = SGD([p], lr=1.0)
-    handle = scale_steps(optimizer, lambda group: (0.5, 1.0))
+    scale_steps(optimizer, lambda group: (0.5, 1.0))
+    spy_on_steps(optimizer, lambda group: inside.append(group["lr"]))
 
     def closure():
-        assert optimizer.param_groups[0]["lr"] == 0.5
-        raise KeyboardInterrupt("stopped")
+        assert optimizer.param_groups[0]["lr"] == 1.0 - len(inside) / 4
+        optimizer.param_groups[0]["lr"] -= 0.25
+        p.grad = torch.ones(5)
+        return 7.0
 
+    assert [call(optimizer, closure), call(optimizer, closure)] == [7.0, 7.0]
+    assert inside == [0.375, 0.25]
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_an_optimizer_that_calls_its_parents_step_is_scaled_once():
+    class Child(SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    p, inside = parameter(), []
+    SGD([parameter()], lr=1.0)  # torch hooks a class's step when it is first built
+    optimizer = Child([p], lr=1.0)
+    scale_steps(optimizer, lambda group: (0.5, 1.0))
+    spy_on_steps(optimizer, lambda group: inside.append(group["lr"]))
+    p.grad = torch.ones(5)
+    optimizer.step()
+    optimizer.step(lambda: 0.0)
+    assert inside == [0.5, 0.5] and optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_a_step_that_raises_leaves_no_factor_behind():
+    p = parameter()
+    optimizer, fail = SGD([p], lr=1.0), True
+
+    def stop(group):
+        assert group["lr"] == 0.5
+        if fail:
+            raise KeyboardInterrupt("stopped")
+
+    handle = scale_steps(optimizer, lambda group: (0.5, 1.0))
+    spy_on_steps(optimizer, stop)
     for _ in range(2):  # the next step starts from the user's value too
         with pytest.raises(KeyboardInterrupt, match="^stopped$"):
-            optimizer.step(closure)
+            step(optimizer, p, 0)
     handle.remove()
     assert optimizer.param_groups[0]["lr"] == 1.0
 
@@ -102,7 +138,7 @@ def test_a_rule_under_a_known_key_is_replaced():
     optimizer, inside = SGD([p], lr=1.0), []
     for factor in (2.0, 3.0):
         scale_steps(optimizer, lambda group, f=factor: (f, 1.0), key="angles")
-    optimizer.register_step_pre_hook(lambda o, *_: inside.append(o.param_groups[0]["lr"]))
+    spy_on_steps(optimizer, lambda group: inside.append(group["lr"]))
     step(optimizer, p, 0)
     assert inside == [3.0]
 
