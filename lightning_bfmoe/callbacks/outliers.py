@@ -25,6 +25,7 @@ from lightning_bfmoe.functional.outliers import (
     outlier_moments,
 )
 from lightning_bfmoe.layers import ButterflyMoE, Rotation, moe_layers
+from lightning_bfmoe.layers.passes import is_counted
 
 
 class ActivationOutliers(pl.Callback):
@@ -32,7 +33,8 @@ class ActivationOutliers(pl.Callback):
 
     Every `every_n_steps` optimizer steps (and in the first of a training) a sample of the rows that
     enter `up`, `gate` and `down` of each layer is measured on both sides of the rotation, over all
-    micro-batches of the step and all ranks. Logged as
+    forward passes of the step that are trained on (`layers.passes.is_counted`), micro-batches and
+    ranks included. Logged as
     ``outliers/<layer>/<matrix>/<measure>_before`` and ``..._after``, and their means over all
     matrices as ``outliers/<measure>_before``. A monitor never stops a training: where activations
     are NaN, so are the measures.
@@ -148,10 +150,9 @@ class ActivationOutliers(pl.Callback):
         local = torch.cat([site.moments for site in self._sites])  # (columns, moments)
         moments = merge_moments(gather_ranks(trainer, local))
         computed = measures_from(moments)
-        table = torch.stack([computed[name] for name in self.measures])  # (measures, columns)
+        table = torch.stack([moments[:, 0], *(computed[name] for name in self.measures)])
         columns = [(site, view) for site in self._sites for view in site.views]
-        seen = (moments[:, 0] > 0).tolist()  # a layer that was not called has no rows
-        rows = table.tolist()  # the one copy from the device
+        seen, *rows = table.tolist()  # (1 + measures, columns): the one copy from the device
         values: dict[str, float] = {}
         prefix = "outliers" if self.name is None else f"outliers/{self.name}"
         for view in dict.fromkeys(view for _, view in columns):
@@ -161,7 +162,7 @@ class ActivationOutliers(pl.Callback):
                     values[f"{prefix}/{name}_{view}"] = sum(row[i] for i in at) / len(at)
         for name, row in zip(self.measures, rows, strict=True):
             for (site, view), value, there in zip(columns, row, seen, strict=True):
-                if there:
+                if there:  # a layer that was not called has no rows
                     values[f"{prefix}/{site.path}/{name}_{view}"] = value
         log_values(trainer, values)
         self.latest = values
@@ -208,7 +209,7 @@ class _Site:
 
     def record(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """The forward hook."""
-        if self.active and args:
+        if self.active and args and is_counted(module):
             self._take(args[0], output)
 
     @torch.no_grad()

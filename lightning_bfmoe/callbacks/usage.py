@@ -12,6 +12,7 @@ from lightning_bfmoe.callbacks.recording import (
     Interval,
     check_count,
     gather_ranks,
+    log_histogram,
     log_values,
     select,
 )
@@ -19,16 +20,22 @@ from lightning_bfmoe.callbacks.settings import resolve_patterns
 from lightning_bfmoe.functional.routing import expert_load
 from lightning_bfmoe.functional.usage import dead_experts, load_entropy, max_violation
 from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE, moe_layers
+from lightning_bfmoe.layers.passes import count_load, is_counted
+
+_FEW_EXPERTS = 16
 
 
 class ExpertUsage(pl.Callback):
-    """Logs load entropy, MaxVio and dead experts of each layer, and warns of dead experts.
+    """Logs load, its entropy, MaxVio and dead experts of each layer, and warns of dead experts.
 
-    The load is summed over every training forward pass of an interval, micro-batches and ranks
-    included. Logged as ``usage/<layer>/load_entropy`` (1 is even use), ``.../max_violation`` (0 is
-    even use) and ``.../dead_experts`` (count), and over all layers as ``usage/load_entropy``
-    (mean), ``usage/max_violation`` (worst) and ``usage/dead_experts`` (sum). The first step of a
-    training is logged too, so that the names exist, but does not end the interval.
+    The load is summed over every forward pass of an interval that is trained on
+    (`layers.passes.is_counted`), micro-batches and ranks included. Logged as
+    ``usage/<layer>/load_entropy`` (1 is even use), ``.../max_violation`` (0 is even use) and
+    ``.../dead_experts`` (count), and over all layers as ``usage/load_entropy`` (mean),
+    ``usage/max_violation`` (worst) and ``usage/dead_experts`` (sum). ``.../load/<expert>`` is the
+    load of one expert over the mean (1 is even use); a logger with TensorBoard's
+    ``add_histogram_raw`` gets all of a layer as the histogram ``.../load`` over expert ids. The
+    first step of a training is logged too, so that the names exist, but does not end the interval.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -38,6 +45,7 @@ class ExpertUsage(pl.Callback):
         every_n_steps: Optimizer steps in an interval (count).
         dead_after: Intervals in a row without a token after which an expert is called dead (count).
         layers: Paths or patterns of the ButterflyMoE layers; all when None.
+        log_load: Whether to log the load of every single expert. None: in layers of at most 16.
         max_history: Records kept (count, >= 2); when full, every other one is dropped, so that the
             whole training stays visible.
         name: Tells several callbacks apart, in checkpoints and in logged names.
@@ -58,6 +66,7 @@ class ExpertUsage(pl.Callback):
         dead_after: int = 3,
         layers: str | Sequence[str] | None = None,
         *,
+        log_load: bool | None = None,
         max_history: int = 512,
         name: str | None = None,
     ) -> None:
@@ -66,7 +75,7 @@ class ExpertUsage(pl.Callback):
         check_count("max_history - 1", max_history - 1)
         self.interval = Interval(every_n_steps)
         self.dead_after, self.max_history, self.name = dead_after, max_history, name
-        self.layers = resolve_patterns(layers)
+        self.layers, self.log_load = resolve_patterns(layers), log_load
         self._forget()
         self._counters: list[_Counter] = []
         self._handles: list[Any] = []
@@ -79,6 +88,15 @@ class ExpertUsage(pl.Callback):
         self._of_all_ranks = False  # whether _pending comes from a checkpoint
 
     @property
+    def dead(self) -> dict[str, list[int]]:
+        """Experts that are dead now, by layer; one that receives a token again is none of them."""
+        found = {
+            name: [i for i, n in enumerate(counts) if n >= self.dead_after]
+            for name, counts in self._idle.items()
+        }
+        return {name: experts for name, experts in found.items() if experts}
+
+    @property
     def state_key(self) -> str:
         """Key of the state in a checkpoint: by name only, so that settings may change."""
         return self._generate_state_key(name=self.name)
@@ -89,7 +107,7 @@ class ExpertUsage(pl.Callback):
             return
         for name, layer in select(moe_layers(pl_module), self.layers, "a ButterflyMoE layer"):
             counter = _Counter(name or "model", layer)
-            self._handles.append(layer.register_forward_hook(counter.record))
+            self._handles.append(layer.register_forward_hook(counter.record, with_kwargs=True))
             self._counters.append(counter)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -121,6 +139,8 @@ class ExpertUsage(pl.Callback):
         loads = self._reduced(trainer)
         layers = {name: _measure(load) for name, load in loads.items() if int(load.sum())}
         log_values(trainer, self._named(layers))
+        for name, record in layers.items():
+            log_histogram(trainer, f"{self._prefix}/{name}/load", record["load"])
         if full:
             self._close_interval(loads, layers)
 
@@ -136,13 +156,22 @@ class ExpertUsage(pl.Callback):
         return {counter.name: part for counter, part in zip(self._counters, parts, strict=True)}
 
     def _named(self, layers: dict[str, dict[str, Any]]) -> dict[str, float]:
-        prefix = "usage" if self.name is None else f"usage/{self.name}"
+        prefix = self._prefix
         values: dict[str, float] = {}
         for measure in ("load_entropy", "max_violation", "dead_experts") if layers else ():
             each = {name: float(record[measure]) for name, record in layers.items()}
             values[f"{prefix}/{measure}"] = _overall(measure, list(each.values()))
             values |= {f"{prefix}/{name}/{measure}": value for name, value in each.items()}
+        for name, record in layers.items():
+            load = record["load"]
+            if len(load) <= _FEW_EXPERTS if self.log_load is None else self.log_load:
+                mean = sum(load) / len(load)
+                values |= {f"{prefix}/{name}/load/{i}": n / mean for i, n in enumerate(load)}
         return values
+
+    @property
+    def _prefix(self) -> str:
+        return "usage" if self.name is None else f"usage/{self.name}"
 
     def _close_interval(self, loads: dict[str, Tensor], layers: dict[str, dict[str, Any]]) -> None:
         self.history.append({"step": self.interval.clock.step, "layers": layers})
@@ -229,14 +258,17 @@ class _Counter:
         self.load = torch.zeros(experts.num_experts, dtype=torch.int64, device=device)
         self.active = False
 
-    def record(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def record(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
         """The forward hook."""
-        if not self.active:
+        if not (self.active and is_counted(layer)):
             return
         if isinstance(layer, ButterflyMoE) and layer.last_routing is not None:
-            self.load += layer.last_routing.load
-        elif len(args) > 1:
-            self.load += expert_load(args[1], len(self.load))
+            count_load(self.load, layer.last_routing.load)
+        else:
+            experts = args[1] if len(args) > 1 else kwargs["experts"]
+            count_load(self.load, expert_load(experts, len(self.load)))
 
     def load_list(self, load: list[int]) -> None:
         """Go on from the load of an unfinished interval; one that does not fit is dropped."""
@@ -268,6 +300,8 @@ def _advice(layer: ButterflyMoE | ButterflyExperts) -> str:
     if not isinstance(layer, ButterflyMoE):
         return "The model's own router decides: balance it, or use fewer experts."
     router = layer.router
+    if not router.weight.requires_grad:
+        return "The router is frozen, and with it its balance: train it, or use fewer experts."
     return (
         f"Raise balance_rate (now {router.balance_rate:g}), lower num_experts (now "
         f"{router.num_experts}), or raise top_k (now {router.top_k})."

@@ -139,13 +139,14 @@ def test_a_dense_model_is_a_control(tmp_path):
 
 
 def test_rows_are_sampled_evenly_over_the_experts():
-    site = outliers._Site("up", Rotation(4, 1), max_rows=10, hadamard=False)
+    rotation = Rotation(4, 1)
+    site = outliers._Site("up", rotation, max_rows=10, hadamard=False)
     x = torch.arange(95.0).unsqueeze(1).expand(95, 4)
     assert site._sample(x)[:, 0].tolist() == [*range(0, 95, 10)]
     assert len(site._sample(x[:10])) == 10 and len(site._sample(x[:11])) == 6
     assert site._sample(torch.zeros(2, 3, 4)).shape == (6, 4)
     site.active = True
-    site.record(None, (torch.zeros(0, 4),), torch.zeros(0, 4))  # an expert layer without a token
+    site.record(rotation, (torch.zeros(0, 4),), torch.zeros(0, 4))  # an expert layer without a token
     assert site.moments.eq(0).all()
 
 

@@ -9,7 +9,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+from torch.utils.checkpoint import checkpoint
 
+from lightning_bfmoe import ButterflyMoECallback
+from lightning_bfmoe.callbacks import ActivationOutliers
 from lightning_bfmoe.callbacks.usage import ExpertUsage
 from lightning_bfmoe.errors import ConfigError
 from lightning_bfmoe.functional import expert_load, load_entropy
@@ -85,12 +89,104 @@ def test_names_and_what_they_mean_over_all_layers(tmp_path):
     logged = spy.logged[4]
     measures = ("load_entropy", "max_violation", "dead_experts")
     names = {f"usage/{p}{m}" for m in measures for p in ("", *(f"{p}/" for p in PATHS))}
+    names |= {f"usage/{p}/load/{i}" for p in PATHS for i in range(4)}
     assert {name for name in logged if name.startswith("usage")} == names
     assert logged["usage/net.0.mlp/load_entropy"] == 0
     assert logged["usage/net.0.mlp/max_violation"] == logged["usage/max_violation"] == 3
+    assert [logged[f"usage/net.0.mlp/load/{i}"] for i in range(4)] == [0, 0, 4, 0]
     assert logged["usage/net.0.mlp/dead_experts"] == 3 <= logged["usage/dead_experts"]
     mean = (0 + logged["usage/net.1.mlp/load_entropy"]) / 2
     assert logged["usage/load_entropy"].item() == pytest.approx(mean.item())
+
+
+@pytest.mark.parametrize(("log_load", "experts"), [(False, 4), (None, 17), (True, 17)])
+def test_single_loads_are_logged_where_they_are_few_or_asked_for(tmp_path, log_load, experts):
+    trainer = fit(
+        tmp_path, ExpertUsage(every_n_steps=4, log_load=log_load),
+        module=swapped(num_experts=experts),
+    )  # fmt: skip
+    found = [name for name in trainer.callback_metrics if "/load/" in name]
+    assert len(found) == (2 * experts if log_load else 0)
+
+
+class Board(Logger):
+    """TensorBoard's logger, as far as it is used."""
+
+    name, version = "board", 0
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.histograms, self.experiment = [], [], self
+
+    def log_hyperparams(self, *args, **kwargs):
+        """Nothing."""
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+    def add_histogram_raw(self, tag, **histogram):
+        self.histograms.append((tag, histogram))
+
+
+def test_a_board_gets_the_load_as_a_histogram(tmp_path):
+    board, callback = Board(), ExpertUsage(every_n_steps=2, name="a")
+    fit(
+        tmp_path, callback, logger=[board, CSVLogger(tmp_path)], loader=Loader(8),
+        accumulate_grad_batches=2,
+    )  # fmt: skip
+    mine = [(tag, h) for tag, h in board.histograms if tag == "usage/a/net.0.mlp/load"]
+    # Lightning's own axis: the first step is 0
+    assert [h["global_step"] for _, h in mine] == [0, 1, 3]
+    assert [step for step, row in board.rows if "usage/a/load_entropy" in row] == [0, 1, 3]
+    for record, (_, histogram) in zip(callback.history, mine[1:], strict=True):
+        load = record["layers"]["net.0.mlp"]["load"]
+        assert histogram["bucket_counts"] == load and histogram["num"] == sum(load) == 2 * 2 * 8
+        assert histogram["bucket_limits"] == [0.5, 1.5, 2.5, 3.5]
+        ids = [i for i, n in enumerate(load) for _ in range(n)]
+        assert histogram["sum"] == sum(ids)
+        assert histogram["sum_squares"] == sum(i * i for i in ids)
+    header = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0]
+    assert "usage/a/net.0.mlp/load/3" in header.split(",")
+
+
+class Checkpointed(InInit):
+    reentrant = False
+
+    def forward(self, x):
+        for block in self.net[:2]:
+            x = checkpoint(block, x.requires_grad_(), use_reentrant=self.reentrant)
+        return self.net[2](x)
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+class Looking(InInit):
+    """Runs the model without training on it: a teacher, and a metric."""
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self(batch[0])
+        self.eval()
+        self(batch[0])
+        self.train()
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind", [Checkpointed, Reentrant, Looking])
+def test_a_pass_counts_when_it_is_trained_on_and_once(tmp_path, kind):
+    callback, plain = ExpertUsage(every_n_steps=2), ExpertUsage(every_n_steps=2)
+    outliers, plain_outliers = ActivationOutliers(2), ActivationOutliers(2)
+    biases = []
+    for build, *callbacks in ((kind, callback, outliers), (InInit, plain, plain_outliers)):
+        torch.manual_seed(0)
+        module, ours = build(), ButterflyMoECallback(num_experts=4, verbose=False)
+        make_trainer(tmp_path, ours, *callbacks, max_epochs=1).fit(module, Loader(6))
+        biases.append(module.net[0].mlp.router.balance_bias)
+    assert callback.history == plain.history and len(plain.history) == 3
+    assert outliers.latest == plain_outliers.latest and plain_outliers.latest
+    assert biases[0].equal(biases[1]) and biases[0].any()
 
 
 def test_names_exist_from_the_first_step(tmp_path):
@@ -125,6 +221,32 @@ def test_dead_experts_are_named_once_with_a_way_out(tmp_path):
         fit(tmp_path, callback, module=module)
     assert sum("received no token" in str(w.message) for w in caught) == 1
     assert callback.state_dict()["warned"] == {"net.0.mlp": [0, 1, 3]}
+    assert callback.dead == {"net.0.mlp": [0, 1, 3]}
+
+
+def test_a_dead_expert_that_recovers_is_no_longer_dead_and_not_warned_of_again(tmp_path):
+    class Kill(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            pl_module.net[0].mlp.router.balance_bias.zero_()
+            collapse(pl_module.net[0].mlp, expert=[2, 2, 1, 2, 2, 2][trainer.global_step])
+            self.dead.append(callback.dead.get("net.0.mlp", []))
+
+        dead: list = []
+
+    module, callback = swapped(top_k=1), ExpertUsage(every_n_steps=1, dead_after=2)
+    module.net[1].mlp = torch.nn.Identity()
+    with pytest.warns(UserWarning, match="experts 0, 1, 3 of 4") as caught:
+        fit(tmp_path, callback, Kill(), module=module, loader=Loader(6))
+    assert sum("received no token" in str(w.message) for w in caught) == 1
+    assert Kill.dead == [[], [], [0, 1, 3], [0, 3], [0, 3], [0, 1, 3]]
+
+
+def test_a_frozen_router_is_told_apart(tmp_path):
+    module, callback = swapped(top_k=1), ExpertUsage(every_n_steps=2, dead_after=1)
+    collapse(module.net[0].mlp)
+    module.net[0].mlp.router.requires_grad_(False)
+    with pytest.warns(UserWarning, match="'net.0.mlp'.* The router is frozen"):
+        fit(tmp_path, callback, module=module)
 
 
 def test_an_expert_that_comes_back_in_time_is_not_dead(tmp_path):
@@ -181,7 +303,8 @@ def test_copies_leave_hooks_behind(tmp_path):
     fit(tmp_path, callback, Copy())
 
 
-def test_experts_behind_a_foreign_router(tmp_path):
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_experts_behind_a_foreign_router(tmp_path, by_keyword):
     class Foreign(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -189,7 +312,10 @@ def test_experts_behind_a_foreign_router(tmp_path):
 
         def forward(self, x):
             ids = torch.tensor([[0, 3]]).expand(len(x), 2)
-            return self.experts(x, ids, torch.full((len(x), 2), 0.5))
+            weights = torch.full((len(x), 2), 0.5)
+            if by_keyword:
+                return self.experts(x, experts=ids, weights=weights)
+            return self.experts(x, ids, weights)
 
     module = InInit()
     module.net[0].mlp, module.net[1].mlp = Foreign(), torch.nn.Identity()
