@@ -150,23 +150,24 @@ def candidates(mode: str) -> dict[str, Run]:
             "ternary dense, std 0.02": control(TernaryFeedForward, fresh, std=0.02),
             "ternary standard 8 top-4, std 0.02": standard(8, 4, ternary=True, std=0.02),
         }
-    for factor in (5.0, 20.0):
-        for std in (0.02, 0.1) if mode == "continue" else (0.25, 0.5, 1.0):
-            name = f"8 top-2 lr x{factor:g} std {std}"
-            table[name] = butterfly(8, 2, angle_lr_factor=factor, angle_std=std, **start)
-    table |= {
-        "8 top-2 lambda always 1": butterfly(8, 2, plan=ALWAYS, **start),
-        "8 top-2 lambda 0-0.3": butterfly(8, 2, plan=Plan(0.0, 0.3), **start),
-        "8 top-2 lambda 0.1-0.9": butterfly(8, 2, plan=Plan(0.1, 0.9), **start),
-        "8 top-2 absmean": butterfly(8, 2, scale="absmean", **start),
-        "8 top-2 gains": butterfly(8, 2, gains=True, **start),
-        "8 top-2 switch": butterfly(8, 2, switch_weight=0.01, balance_rate=0.0, **start),
-        "8 top-2 switch and bias": butterfly(8, 2, switch_weight=0.01, **start),
-        "64 top-4": butterfly(64, 4, **start),
-        "64 top-4 gains": butterfly(64, 4, gains=True, **start),
-        "64 top-4 switch": butterfly(64, 4, switch_weight=0.01, balance_rate=0.0, **start),
-        "64 top-4 switch and bias": butterfly(64, 4, switch_weight=0.01, **start),
-        "64 top-4 balance 0.01": butterfly(64, 4, balance_rate=0.01, **start),
-        "64 top-4 std 1.0": butterfly(64, 4, angle_std=1.0, **start),
-    }
+    for experts, top_k in ((8, 2), (64, 4)):
+
+        def variant(name: str, *, n: int = experts, k: int = top_k, **settings: Any) -> None:
+            table[f"{n} top-{k} {name}".strip()] = butterfly(n, k, **start, **settings)
+
+        for factor in (2.0, 5.0, 20.0):
+            for std in (0.02, 0.1) if mode == "continue" else (0.5, 1.0):
+                variant(f"lr x{factor:g} std {std}", angle_lr_factor=factor, angle_std=std)
+        slow = {"angle_lr_factor": 5.0}
+        switch = {"switch_weight": 0.01, "balance_rate": 0.0}
+        variant("switch", **switch)
+        variant("lambda always 1", plan=ALWAYS)
+        variant("lambda 0-0.3", plan=Plan(0.0, 0.3))
+        variant("lr x5 gains", gains=True, **slow)
+        variant("lr x5 switch", **switch, **slow)
+        variant("lr x5 switch gains", gains=True, **switch, **slow)
+        variant("lr x5 balance 0.0001", balance_rate=1e-4, **slow)
+        variant("lr x5 balance 0.01", balance_rate=1e-2, **slow)
+        variant("lr x5 lambda always 1", plan=ALWAYS, **slow)
+        variant("lr x5 absmean", scale="absmean", **slow)
     return table
