@@ -8,26 +8,34 @@ from torch.optim import Optimizer
 
 
 def keep_wide_state(optimizer: Optimizer, parameters: Iterable[Tensor]) -> int:
-    """Ask an 8-bit optimizer for float32 state of some parameters; no other one is touched.
+    """Give parameters their state in float32 in an optimizer that would choose 8 bits.
 
-    Goes through bitsandbytes' own manager of overrides, found at the optimizer, so that nothing is
-    imported. It must be done before the first step; later the state is there already. An override
-    of the user's stays.
+    Their state is made at once, by the optimizer itself, so it must be done before the first step.
+    bitsandbytes' own overrides (`GlobalOptimManager`) are asked by it as ever; we add none, because
+    they go by `id(parameter)` and would meet another parameter after this one is gone.
 
     Args:
-        optimizer: Any torch optimizer.
+        optimizer: Any torch optimizer; only those of bitsandbytes with 8-bit state are touched.
         parameters: Those with few numbers and small steps: angles, gains, biases, routers.
 
     Returns:
-        Number of parameters that were asked for.
+        Number of parameters that have such state now.
 
     Source: measured (docs/decisions.md).
     """
-    manager: Any = getattr(optimizer, "mng", None)
-    if not hasattr(manager, "override_config"):
+    settings: Any = getattr(optimizer, "args", None)
+    initialise: Any = getattr(optimizer, "init_state", None)
+    bits = getattr(settings, "optim_bits", 32)
+    if bits == 32 or initialise is None:
         return 0
-    known = getattr(manager, "pid2config", {})
-    asked = [p for p in parameters if "optim_bits" not in known.get(id(p), {})]
-    for parameter in asked:
-        manager.override_config(parameter, "optim_bits", 32)
-    return len(asked)
+    asked, done = {id(p) for p in parameters}, 0
+    try:
+        settings.optim_bits = 32
+        for i, group in enumerate(optimizer.param_groups):
+            for j, p in enumerate(group["params"]):
+                if id(p) in asked and not optimizer.state.get(p):
+                    initialise(group, p, i, j)
+                    done += 1
+    finally:
+        settings.optim_bits = bits
+    return done

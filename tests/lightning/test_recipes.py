@@ -7,7 +7,14 @@ import yaml
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_bfmoe import ButterflyMoECallback, load_from_checkpoint
+from lightning_bfmoe import (
+    AngleWarmup,
+    ButterflyMoECallback,
+    TernarySchedule,
+    load_from_checkpoint,
+    swap_feed_forward,
+)
+from lightning_bfmoe.callbacks import RouterBalance
 from lightning_bfmoe.layers import moe_layers
 from lightning_bfmoe.plan import Plan
 from tests.lightning.modules import Base, WithData, assert_same_state
@@ -15,6 +22,7 @@ from tests.lightning.modules import Base, WithData, assert_same_state
 FOLDER = Path(__file__).parents[2] / "callbacks"
 THEIRS = "lightning.pytorch.callbacks.ModelSummary"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
+PARTS = {"by_hand": (TernarySchedule, AngleWarmup, RouterBalance)}
 
 
 @pytest.fixture
@@ -35,6 +43,18 @@ def base(tmp_path, monkeypatch):
     return path
 
 
+class ByHand(WithData):
+    """A module that swaps by itself."""
+
+    def __init__(self, lr: float = 1e-2):
+        super().__init__(lr)
+        swap_feed_forward(self, num_experts=4)
+
+
+def model_for(recipe):
+    return {"model_class": ByHand if recipe.stem in PARTS else WithData}
+
+
 def command(*arguments, run=True, **settings):
     """What `python main.py fit ...` does; without `run` it stops before the training."""
     return LightningCLI(
@@ -51,6 +71,14 @@ def ours(cli):
     return found
 
 
+def settings_of(cli):
+    """Config and plan of each callback of ours."""
+    kinds = (ButterflyMoECallback, TernarySchedule, AngleWarmup)
+    found = [c for c in cli.trainer.callbacks if isinstance(c, kinds)]
+    assert found
+    return [(type(c), getattr(c, "config", None), c.plan) for c in found]
+
+
 def test_there_are_recipes():
     assert {path.stem for path in RECIPES} >= {"butterfly_moe", "from_scratch", "paper"}
     assert {path.suffix for path in FOLDER.iterdir()} == {".yaml", ".md"}
@@ -58,9 +86,10 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_runs_and_keeps_the_users_callbacks(recipe, base):
-    cli = command("--config", base, "--config", recipe, "--trainer.fast_dev_run=true")
+    one_step = "--trainer.fast_dev_run=true"
+    cli = command("--config", base, "--config", recipe, one_step, **model_for(recipe))
     kinds = [type(callback) for callback in cli.trainer.callbacks]
-    assert ModelSummary in kinds and ButterflyMoECallback in kinds
+    assert {ModelSummary, *PARTS.get(recipe.stem, [ButterflyMoECallback])} <= set(kinds)
     assert len(list(moe_layers(cli.model))) == 2
     assert cli.trainer.global_step == 1
 
@@ -68,14 +97,14 @@ def test_a_recipe_runs_and_keeps_the_users_callbacks(recipe, base):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_can_be_printed_and_read_again(recipe, base, tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
-        command("--config", base, "--config", recipe, "--print_config")
+        command("--config", base, "--config", recipe, "--print_config", **model_for(recipe))
     printed = capsys.readouterr().out
     assert "Unable to serialize" not in printed
     again = tmp_path / "printed.yaml"
     again.write_text(printed)
-    cli = command("--config", again, "--trainer.fast_dev_run=true")
-    plain = command("--config", base, "--config", recipe, run=False)
-    assert (ours(cli).config, ours(cli).plan) == (ours(plain).config, ours(plain).plan)
+    cli = command("--config", again, "--trainer.fast_dev_run=true", **model_for(recipe))
+    plain = command("--config", base, "--config", recipe, run=False, **model_for(recipe))
+    assert settings_of(cli) == settings_of(plain)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
