@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_bfmoe.callbacks.clock import StepClock
 from lightning_bfmoe.callbacks.logs import log_value
 from lightning_bfmoe.callbacks.parts import Part
-from lightning_bfmoe.layers import TopKRouter, routers
+from lightning_bfmoe.layers import TopKRouter, balance_together, routers
 
 
 class RouterBalance(Part):
@@ -50,7 +50,7 @@ class RouterBalance(Part):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         if self._routers is not None and self._own_losses:
-            scale = root_loss_scale(trainer)
+            scale = root_loss_scale(trainer, loss.device)
             for router in self._routers:
                 router.set_loss_scale(scale)
 
@@ -67,8 +67,7 @@ class RouterBalance(Part):
         loads = [router.pending_load for router in self._routers]
         _sum_over_processes(trainer, loads)
         log_value(trainer, pl_module, self.name, "load_max_over_mean", _imbalance(loads))
-        for router in self._routers:
-            router.update_balance()
+        balance_together(self._routers)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._routers = None
@@ -83,16 +82,18 @@ class RouterBalance(Part):
         return {**self.__dict__, "_routers": None}
 
 
-def root_loss_scale(trainer: pl.Trainer) -> float:
+def root_loss_scale(trainer: pl.Trainer, device: torch.device) -> float | Tensor:
     """By what the user's loss is multiplied before its backward pass.
 
     Automatic optimisation divides it by the accumulated batches (manual optimisation leaves that
-    to the user), and a GradScaler multiplies it.
+    to the user), and a GradScaler multiplies it; its scale stays on the device, so nothing waits.
     """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
     automatic = trainer.lightning_module.automatic_optimization
-    return scale / trainer.accumulate_grad_batches if automatic else scale
+    share = 1.0 / trainer.accumulate_grad_batches if automatic else 1.0
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return share
+    return scaler.scale(torch.full((), share, device=device))
 
 
 def _sum_over_processes(trainer: pl.Trainer, loads: list[Tensor]) -> None:

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import LBFGS, SGD, Adam, AdamW
 
 from lightning_bfmoe.plan import scale_steps
 from lightning_bfmoe.plan.steps import _scalers
@@ -63,6 +63,25 @@ def test_a_factor_of_zero_moves_nothing_and_fills_the_moments(name):
     handle.remove()
     step(optimizer, p, 3)
     assert not torch.equal(p, start)
+
+
+def test_lbfgs_which_reads_its_rate_before_the_closure_is_scaled_too():
+    def minimise(rate, factor):
+        p = parameter()
+        optimizer = LBFGS([p], lr=rate, max_iter=2)
+        scale_steps(optimizer, lambda group: (factor, 1.0))
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (p**4).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert optimizer.param_groups[0]["lr"] == rate
+        return p
+
+    assert torch.equal(minimise(0.5, 0.5), minimise(0.25, 1.0))
 
 
 def test_rules_of_several_owners_multiply_and_end_in_any_order():
