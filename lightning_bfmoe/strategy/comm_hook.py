@@ -74,7 +74,7 @@ def mixed_precision_hook(state: Traffic, bucket: dist.GradBucket) -> torch.futur
 
     def unpack(_: torch.futures.Future) -> Tensor:
         if first is not None and packed_wide is not None:
-            first.wait()
+            first.wait()  # on a GPU: the stream on which this runs waits, not the host
             _copy_back(packed_wide, wide)
         _copy_back(packed, narrow)
         return buffer
@@ -89,5 +89,7 @@ def _whole(state: Traffic, buffer: Tensor) -> torch.futures.Future[Tensor]:
 
 
 def _copy_back(packed: Tensor, parts: list[Tensor]) -> None:
+    if packed.is_cuda:  # made on another stream, whose allocator must not reuse it yet
+        packed.record_stream(torch.cuda.current_stream(packed.device))
     for part, values in zip(parts, packed.split([p.numel() for p in parts]), strict=True):
         part.copy_(values.view_as(part))
