@@ -221,3 +221,33 @@ def test_a_training_stopped_in_the_frozen_phase_leaves_the_module_trainable(tmp_
     with pytest.warns(UserWarning, match="ended at lambda"):
         module, _ = fit(tmp_path, strategy=strategy)
     assert all(p.requires_grad for p in module.parameters())
+
+
+class TwoOptimizers(InInit):
+    """Manual optimization that toggles: `requires_grad` changes within a step, and is put back."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[:2], self.net[2])]
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+
+def test_toggling_within_a_step_is_no_change(tmp_path):
+    with pytest.warns(UserWarning, match="total_steps=... the optimizer steps|ended at lambda"):
+        module, trainer = fit(
+            tmp_path,
+            module=TwoOptimizers(),
+            strategy=ours(num_experts=2, total_steps=100),
+            max_steps=8,
+        )
+    assert trainer.global_step == 8 and trainer.strategy.callback.clock.step == 4

@@ -32,7 +32,7 @@ class PartOf(Loader):
     def __iter__(self):
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         rank = torch.distributed.get_rank() if world > 1 else 0
-        for x, y in self.data:
+        for x, y in super().__iter__():
             yield x.double()[rank::world], y[rank::world]
 
 
@@ -109,6 +109,39 @@ def test_a_frozen_phase_without_gradients_trains_as_one_process(tmp_path):
         assert torch.equal(first[name], second[name]), name
         if value.is_floating_point():
             torch.testing.assert_close(first[name], value, rtol=0, atol=1e-12)
+
+
+class Save(L.Callback):
+    """Saves after a number of batches."""
+
+    def __init__(self, at, path):
+        self.at, self.path, self.seen = at, path, 0
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.seen += 1
+        if self.seen == self.at:
+            trainer.save_checkpoint(self.path)
+
+
+def resumed(folder, at, resume):
+    """Train through and save on the way, or go on from there."""
+    path = folder / "some.ckpt"
+    torch.manual_seed(1)
+    model, saves = Momentum().double(), Save(0 if resume else at, path)
+    plan = Plan(start=6, end=9, freeze_latents=4)
+    own = strategy(plan=plan, freeze="requires_grad", check_replicas_every_n_steps=3)
+    trainer = make_trainer(folder, saves, devices=2, strategy=own, use_distributed_sampler=False)
+    trainer.fit(model, PartOf(BATCHES, SIZE), ckpt_path=path if resume else None)
+    return state_of(model)
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_training_of_two_processes_is_resumed_exactly(at, tmp_path):
+    """From within the frozen phase, and from behind it."""
+    through, _ = run_ranks(resumed, tmp_path, tmp_path, at, False)
+    for state in run_ranks(resumed, tmp_path, tmp_path, at, True):
+        assert state.keys() == through.keys()
+        assert all(torch.equal(state[name], value) for name, value in through.items())
 
 
 def one_rank_freezes(folder, role):
