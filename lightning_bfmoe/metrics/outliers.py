@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import Self
 
 from lightning_bfmoe.errors import ConfigError
 from lightning_bfmoe.functional.outliers import (
@@ -33,6 +34,10 @@ class _MomentsMetric(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("moments", default=empty_moments(), dist_reduce_fx=merge_moments)
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> Self:
+        """Return the metric unchanged: float64 moments in a narrower type would be wrong."""
+        return self
 
     def update(self, x: Tensor) -> None:
         """Take in a batch of rows (rows, d), of any floating dtype; d may differ between calls.

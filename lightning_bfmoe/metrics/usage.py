@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import Self
 
 from lightning_bfmoe.errors import ConfigError, ShapeError
 from lightning_bfmoe.functional.routing import expert_load
@@ -52,6 +53,10 @@ class ExpertLoad(Metric):
         self.num_experts = num_experts
         zeros = torch.zeros(num_experts, dtype=torch.int64)
         self.add_state("load", default=zeros, dist_reduce_fx="sum")
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> Self:
+        """Return the metric unchanged: int64 counts in a narrower type would be wrong."""
+        return self
 
     def update(self, experts: Tensor) -> None:
         """Take in chosen expert ids of any shape, as `layer.last_routing.experts`.

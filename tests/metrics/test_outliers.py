@@ -96,6 +96,19 @@ def test_a_stream_equals_the_whole(name):
         assert metric.compute().item() == pytest.approx(ORACLES[name](whole), rel=1e-12)
 
 
+@pytest.mark.parametrize(("scale", "mean"), [(1, 100), (1, 1e4), (1e-20, 0), (1e30, 0)])
+@pytest.mark.parametrize("name", ORACLES)
+def test_neither_a_large_mean_nor_the_scale_matters(name, scale, mean):
+    x = (rows(200, 64).double() + mean) * scale
+    for dtype in (torch.float32, torch.float64):
+        metric = OutlierMeasures()
+        for part in x.to(dtype).split(13):
+            metric.update(part)
+        expected = ORACLES[name](x.to(dtype))
+        tolerance = 1e-4 if name.startswith("snr") else 1e-10
+        assert metric.compute()[name].item() == pytest.approx(expected, rel=tolerance)
+
+
 def test_blocks_of_the_cpu_path_change_nothing(monkeypatch):
     x = rows(100)
     whole = outliers.outlier_moments(x)
@@ -180,6 +193,22 @@ def test_pickle_clone_reset_and_state_dict():
     restored = OutlierMeasures()
     restored.load_state_dict(metric.state_dict())
     assert restored.moments.equal(metric.moments)
+
+
+def test_the_state_stays_exact_whatever_the_type_around_it():
+    model = torch.nn.Module()
+    model.metric = OutlierMeasures()
+    for cast in (model.bfloat16, model.half, lambda: model.metric.set_dtype(torch.float16)):
+        model.metric.update(rows())
+        cast()
+        assert model.metric.moments.dtype == torch.float64
+    assert model.metric.moments[0] == 3 * rows().numel()
+    x = rows(dtype=torch.float16).requires_grad_()
+    with torch.inference_mode():
+        model.metric.update(x)
+    model.metric.update(x)
+    assert not model.metric.moments.requires_grad
+    assert model.metric.to("meta").moments.is_meta
 
 
 def test_a_collection_updates_one_state_for_all():

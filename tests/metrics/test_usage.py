@@ -6,6 +6,7 @@ import pickle
 import pytest
 import scipy.stats
 import torch
+from torchmetrics import MetricCollection
 
 from lightning_bfmoe.errors import ConfigError, ShapeError
 from lightning_bfmoe.functional import dead_experts, expert_load, load_entropy, max_violation
@@ -62,6 +63,29 @@ def test_a_stream_equals_the_whole(metric_class):
         assert other.compute().equal(whole)
     metric.reset()
     assert metric.load.sum() == 0
+
+
+@pytest.mark.parametrize("metric_class", FUNCTIONS)
+def test_counts_stay_integers(metric_class):
+    metric = metric_class(num_experts=2).set_dtype(torch.float16)
+    metric.update(torch.zeros(70_000, dtype=torch.int32))  # beyond float16
+    metric.set_dtype(torch.float16)
+    assert metric.load.tolist() == [70_000, 0] and metric.load.dtype == torch.int64
+
+
+def test_a_collection_keeps_loads_of_different_layers_apart():
+    both = {"a": LoadEntropy(4), "b": MaxViolation(4), "c": LoadEntropy(6), "d": DeadExperts(4)}
+    collection = MetricCollection(both)
+    for seed in range(3):
+        collection.update(choice(9, experts=4, seed=seed))
+    load = expert_load(torch.cat([choice(9, experts=4, seed=s) for s in range(3)]), 6)
+    expected = {
+        "a": load_entropy(load[:4]), "b": max_violation(load[:4]), "c": load_entropy(load),
+        "d": dead_experts(load[:4]),
+    }  # fmt: skip
+    assert {k: v.item() for k, v in collection.compute().items()} == {
+        k: v.item() for k, v in expected.items()
+    }
 
 
 def test_entropy_in_nats():
