@@ -61,6 +61,9 @@ class ButterflyMoECallback(pl.Callback):
         gains: Per-expert diagonal gains.
         scale: Ternary scale.
         granularity: One scale per row, or per matrix.
+        down: "butterfly", or "dense" for one shared fp32 projection behind the experts.
+        activation_bits: Width of the integers that activations are rounded to before they enter a
+            ternary matrix (bits).
         activation: Name in `layers.activation`; None keeps the block's own.
         dropout: Probability on the hidden units; None keeps the block's own.
         balance_rate: Step of the balance bias per optimizer step (score units).
@@ -98,6 +101,8 @@ class ButterflyMoECallback(pl.Callback):
         gains: bool | None = None,
         scale: Literal["lstsq", "absmean"] | None = None,
         granularity: Literal["row", "tensor"] | None = None,
+        down: Literal["butterfly", "dense"] | None = None,
+        activation_bits: int | None = None,
         activation: str | None = None,
         dropout: float | None = None,
         balance_rate: float | None = None,
@@ -110,7 +115,7 @@ class ButterflyMoECallback(pl.Callback):
         overrides = {
             "num_experts": num_experts, "top_k": top_k, "init": init, "angle_std": angle_std,
             "stages": stages, "gains": gains, "scale": scale, "granularity": granularity,
-            "activation": activation, "dropout": dropout, "balance_rate": balance_rate,
+            "down": down, "activation_bits": activation_bits, "activation": activation, "dropout": dropout, "balance_rate": balance_rate,
             "switch_weight": switch_weight, "z_weight": z_weight, "router_noise": router_noise,
             "seed": seed,
         }  # fmt: skip
