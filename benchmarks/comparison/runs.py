@@ -11,7 +11,6 @@ from torch import nn
 from examples.control_files import count_bytes
 from examples.controls import StandardMoE, TernaryFeedForward
 from examples.gpt import FeedForward
-from lightning_bfmoe import ButterflyMoEConfig
 from lightning_bfmoe.plan import Plan
 
 ALWAYS = Plan(start=0, end=0)
@@ -97,7 +96,6 @@ def reported(mode: str, budget: int) -> dict[str, Run]:
     """The comparison. `budget`: bytes a layer of ButterflyMoE 8 takes, for the wider control."""
     fresh = mode == "scratch"
     start = {"init": "scratch"} if fresh else {}
-    int4 = ButterflyMoEConfig(activation_bits=4)
     table = {
         "dense": control(dense, fresh),
         "ternary dense": control(TernaryFeedForward, fresh),
@@ -124,7 +122,7 @@ def reported(mode: str, budget: int) -> dict[str, Run]:
             "butterfly 8 top-2, frozen identity": butterfly(8, 2, angles="identity", **start),
             **{
                 f"butterfly 8 top-2, int4, {angles}": butterfly(
-                    8, 2, angles=angles, config=int4, **start
+                    8, 2, angles=angles, activation_bits=4, **start
                 )
                 for angles in ("learned", "frozen", "hadamard", "identity")
             },
