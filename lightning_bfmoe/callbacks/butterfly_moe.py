@@ -15,6 +15,7 @@ from lightning_bfmoe.callbacks.settings import resolve_config, resolve_patterns,
 from lightning_bfmoe.callbacks.summary import show_summary
 from lightning_bfmoe.callbacks.swapping import Swapper, merge_reports
 from lightning_bfmoe.callbacks.ternary_schedule import TernarySchedule
+from lightning_bfmoe.callbacks.trainable import TrainableSet, check_wrapped, watch_wrapped
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.plan import Plan, PlanState
 from lightning_bfmoe.swap import SwapReport
@@ -115,11 +116,13 @@ class ButterflyMoECallback(pl.Callback):
         overrides = {
             "num_experts": num_experts, "top_k": top_k, "init": init, "angle_std": angle_std,
             "stages": stages, "gains": gains, "scale": scale, "granularity": granularity,
-            "down": down, "activation_bits": activation_bits, "activation": activation, "dropout": dropout, "balance_rate": balance_rate,
+            "down": down, "activation_bits": activation_bits, "activation": activation,
+            "dropout": dropout, "balance_rate": balance_rate,
             "switch_weight": switch_weight, "z_weight": z_weight, "router_noise": router_noise,
             "seed": seed,
         }  # fmt: skip
         self.config = resolve_config(config, preset, overrides)
+        self._wrapped: TrainableSet | None = None
         self.include, self.exclude = resolve_patterns(include), resolve_patterns(exclude)
         self.name, self.verbose = name, verbose
         self._swapper = Swapper(self.config, self.include, self.exclude, name or "bfmoe")
@@ -205,6 +208,7 @@ class ButterflyMoECallback(pl.Callback):
         layers = [layer for _, layer in self.find(pl_module)]
         optimizers = trainer.strategy.optimizers
         guards.check_optimizers(pl_module, optimizers, layers, self._swapper.replaced)
+        self._wrapped = watch_wrapped(trainer, pl_module)
         self._forward("on_fit_start", trainer, pl_module)
 
     def _check_swapped(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -235,6 +239,7 @@ class ButterflyMoECallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        check_wrapped(self._wrapped)
         self._forward("on_train_batch_start", trainer, pl_module, batch, batch_idx)
 
     def on_before_backward(
@@ -257,12 +262,14 @@ class ButterflyMoECallback(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         late_build.unwatch(pl_module, self._owner)
+        self._wrapped = None
         self._forward("teardown", trainer, pl_module, stage)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         late_build.unwatch(pl_module, self._owner)
+        self._wrapped = None
         self._forward("on_exception", trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class ActivationOutliers(pl.Callback):
     def __init__(
         self,
         every_n_steps: int = 50,
-        max_rows: int = 2048,
+        max_rows: int = 1024,
         layers: str | Sequence[str] | None = None,
         *,
         dense: str | Sequence[str] | None = None,

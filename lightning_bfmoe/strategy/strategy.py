@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_bfmoe.callbacks import ButterflyMoECallback
 from lightning_bfmoe.callbacks.recording import check_count
+from lightning_bfmoe.callbacks.trainable import TrainableSet
 from lightning_bfmoe.errors import ConfigError, ReplicaError
 from lightning_bfmoe.strategy import settings as names
 from lightning_bfmoe.strategy.buffers import KeptApart
@@ -29,7 +30,7 @@ from lightning_bfmoe.strategy.comm_hook import (
 from lightning_bfmoe.strategy.launchers import SwappingLauncher
 from lightning_bfmoe.strategy.registry import register
 from lightning_bfmoe.strategy.replicas import agree_on_trainable, check_replicas
-from lightning_bfmoe.strategy.trainable import LatentFreezer, TrainableSet
+from lightning_bfmoe.strategy.trainable import LatentFreezer
 
 
 class ButterflyMoEStrategy(DDPStrategy):

@@ -1,4 +1,4 @@
-"""Which parameters are trainable: noticing a change, and making one by the plan."""
+"""Freezing the latent matrices for real while the plan says that they stand still."""
 
 from typing import Any
 
@@ -7,35 +7,6 @@ from torch import nn
 
 from lightning_bfmoe.callbacks import AngleWarmup
 from lightning_bfmoe.layers import parameter_roles
-
-
-class TrainableSet:
-    """`requires_grad` of all parameters, as it was when the model was wrapped.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> watched = TrainableSet(layer)
-        >>> _ = layer.bias.requires_grad_(False)
-        >>> watched.changed()
-        ['bias']
-
-    Args:
-        module: Whose parameters are listed once; those that are added later are not seen.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        named = list(module.named_parameters())
-        self._parameters = [parameter for _, parameter in named]
-        self.flags = {name: parameter.requires_grad for name, parameter in named}
-        self._flags = list(self.flags.values())
-
-    def changed(self) -> list[str]:
-        """Names of the parameters that are otherwise now; asked before every step."""
-        now = [p.requires_grad for p in self._parameters]
-        if now == self._flags:
-            return []
-        pairs = zip(self.flags.items(), now, strict=True)
-        return [name for (name, before), after in pairs if before != after]
 
 
 class LatentFreezer:

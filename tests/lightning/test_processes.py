@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_bfmoe import ButterflyMoECallback, ExpertUsage
+from lightning_bfmoe.errors import ReplicaError
 from lightning_bfmoe.plan import Plan
 from lightning_bfmoe.strategy import parameter_checksums
 from tests.lightning.modules import InInit, Loader, blend_in, make_trainer, state_of
@@ -108,3 +109,28 @@ def test_the_loss_curve_is_that_of_one_process(strategy, tmp_path):
     mean = (torch.tensor(first, dtype=torch.float64) + torch.tensor(second)) / 2
     torch.testing.assert_close(mean, torch.tensor(alone, dtype=mean.dtype), rtol=0, atol=1e-5)
     assert alone[0] - alone[-1] > 0.01
+
+
+class Freeze(Callback):
+    """What a finetuning callback does after the model is wrapped."""
+
+    def on_train_start(self, trainer, module):
+        for name, parameter in module.named_parameters():
+            if name.endswith("angles"):
+                parameter.requires_grad_(False)
+
+
+def changed_after_wrapping(folder):
+    ours = ButterflyMoECallback(num_experts=4, verbose=False)
+    trainer = make_trainer(folder, ours, Freeze(), devices=2, strategy="ddp")
+    try:
+        trainer.fit(Momentum(), SinglePart(BATCHES, SIZE))
+    except ReplicaError as error:
+        return str(error)
+    return "no error"
+
+
+def test_plain_ddp_says_when_the_trainable_set_changes(tmp_path):
+    for message in run_ranks(changed_after_wrapping, tmp_path, tmp_path):
+        assert "under plain DDP requires_grad stays" in message
+        assert "8 parameters" in message and "strategy='bfmoe'" in message
