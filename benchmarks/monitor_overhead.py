@@ -1,17 +1,17 @@
 """What `ActivationOutliers` and `ExpertUsage` cost at their default interval, by step time.
 
 Trains the example GPT on random tokens with one monitor at a time at an interval of 10, and
-compares the steps that record with those in between:
+compares the steps that record with those in between; to that comes what its hooks do in every step,
+which is too little to see in a step and is timed on its own, hook by hook:
 
-    share = (recording step - idle step) / 50 / idle step
+    share = ((recording step - step in between) / 50 + hooks of every step) / plain step
 
-What an idle step costs is too little to see so: it is one call of an idle hook for every hooked
-module, timed on its own.
+Seconds are CPU time of one thread on a CPU, wall time behind a synchronisation on a GPU. Each kind
+of step is stood for by its 20th percentile, since whatever else runs on a machine only ever adds. A
+step without a monitor is measured too, in turn with the others.
 
-CPU time of one thread on a CPU, wall time behind a synchronisation on a GPU. Each kind of step is
-stood for by its 20th percentile, since whatever else runs on a machine only ever adds.
-
-    python benchmarks/monitor_overhead.py --steps 60 --out benchmarks/results/monitor_overhead.json
+    python benchmarks/monitor_overhead.py --out benchmarks/results/monitor_overhead.json
+    python benchmarks/monitor_overhead.py --device cuda --sizes small large --out cuda.json
 """
 
 import argparse
@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import torch
@@ -57,11 +58,17 @@ class StepTimes(L.Callback):
         self.at = now
 
 
-def step_times(size: dict, steps: int, monitors: list, cuda: bool) -> list[float]:
-    """Seconds of the steps 1, 2, ... of a training (step 0 is not among them)."""
+def make_model(size: dict) -> GPT:
+    """The example GPT with swapped blocks."""
     torch.manual_seed(0)
     model = GPT(256, size["context"], size["width"], size["depth"], size["heads"])
     swap_feed_forward(model, num_experts=size["experts"], top_k=2, init="scratch")
+    return model
+
+
+def step_times(size: dict, steps: int, monitors: list, cuda: bool) -> list[float]:
+    """Seconds of the steps 1, 2, ... of a training (step 0 is not among them)."""
+    model = make_model(size)
     tokens = torch.randint(256, (steps * size["batch"], size["context"] + 1))
     pairs = [(t[:-1], t[1:]) for t in tokens]
     times = StepTimes(cuda)
@@ -76,40 +83,72 @@ def step_times(size: dict, steps: int, monitors: list, cuda: bool) -> list[float
 
 def measure(size: dict, steps: int, make: dict, repeats: int, cuda: bool) -> dict:
     """Each kind of step (milliseconds) and the share of each monitor (percent)."""
-    result = {}
+    plain: list[float] = []
+    idle, record = {name: [] for name in make}, {name: [] for name in make}
+    for _ in range(repeats):
+        plain += step_times(size, steps, [], cuda)
+        for name, kind in make.items():
+            for step, value in enumerate(step_times(size, steps, [kind(INTERVAL)], cuda), start=1):
+                (idle if (step + 1) % INTERVAL else record)[name].append(value)
+    result = {"plain_step_ms": typical(plain)}
     for name, kind in make.items():
-        idle, record = [], []
-        for _ in range(repeats):
-            seconds = step_times(size, steps, [kind(INTERVAL)], cuda)
-            for step, value in enumerate(seconds, start=1):
-                (idle if (step + 1) % INTERVAL else record).append(value)
-        quiet, loud = typical(idle), typical(record)
+        quiet, loud = typical(idle[name]), typical(record[name])
+        hooks = every_step_ms(size, kind(INTERVAL), cuda)
+        extra = (loud - quiet) / DEFAULT + hooks
         result[name] = {
-            "idle_step_ms": quiet,
+            "step_in_between_ms": quiet,
             "recording_step_ms": loud,
-            "percent_of_step_time": 100 * (loud - quiet) / DEFAULT / quiet,
+            "hooks_every_step_ms": hooks,
+            "percent_of_step_time": 100 * extra / result["plain_step_ms"],
         }
     return result
 
 
-def idle_hook_us() -> float:
-    """Microseconds that an idle hook adds to a call of its module."""
+def every_step_ms(size: dict, monitor: L.Callback, cuda: bool) -> float:
+    """Milliseconds that the hooks of a monitor take in a step that does not record."""
+    model = make_model(size).to("cuda" if cuda else "cpu")
+    tokens = torch.zeros(size["batch"], size["context"], dtype=torch.long, device=model.device)
+    calls: list[tuple] = []
+    monitor.on_fit_start(SimpleNamespace(barebones=False), model)
+    if isinstance(monitor, ExpertUsage):  # which counts in every step
+        monitor._switch(True)
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            named = key in module._forward_hooks_with_kwargs
 
-    class Idle:
-        active = False
+            def keep(module, args, kwargs, output, hook=hook, named=named):
+                inputs = (args, kwargs) if named else (args,)
+                calls.append((hook, (module, *inputs, output)))
 
-        def record(self, module, args, output):
-            if self.active and args:
-                raise AssertionError
+            module._forward_hooks[key] = keep
+            module._forward_hooks_with_kwargs[key] = True
+    model(tokens)
+    if not calls:
+        raise RuntimeError("the monitor hooked nothing")
+    repeats = 100
+    for timed in (False, True):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter() if cuda else time.process_time()
+        for _ in range(repeats if timed else 1):
+            for hook, inputs in calls:
+                hook(*inputs)
+        if cuda:
+            torch.cuda.synchronize()
+        end = time.perf_counter() if cuda else time.process_time()
+    return 1e3 * ((end - start) / repeats + len(calls) * dispatch_seconds())
 
+
+def dispatch_seconds() -> float:
+    """What PyTorch needs to call a hook that does nothing."""
     module, calls, times = torch.nn.Identity(), 20_000, []
     for _ in range(2):
         start = time.process_time()
         for _ in range(calls):
             module(1)
-        times.append(time.process_time() - start)
-        module.register_forward_hook(Idle().record)
-    return 1e6 * (times[1] - times[0]) / calls
+        times.append((time.process_time() - start) / calls)
+        module.register_forward_hook(lambda module, args, output: None)
+    return max(times[1] - times[0], 0.0)
 
 
 def typical(seconds: list[float]) -> float:
@@ -123,27 +162,31 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["quickstart"], choices=SIZES)
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each training")
     parser.add_argument("--repeats", type=int, default=3, help="trainings of each kind")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch sees")
     make = {"ActivationOutliers": ActivationOutliers, "ExpertUsage": ExpertUsage}
     results = {
         "device": torch.cuda.get_device_name() if cuda else "cpu, 1 thread, CPU time",
         "torch": torch.__version__,
         "every_n_steps": DEFAULT,
-        "idle_hook_us": idle_hook_us(),
+        "steps": args.steps,
+        "repeats": args.repeats,
     }
     for name in args.sizes:
         results[name] = {
             "size": SIZES[name],
             **measure(SIZES[name], args.steps, make, args.repeats, cuda),
         }
-        print(json.dumps(results[name], indent=2))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=2) + "\n")
+        print(json.dumps(results[name], indent=2), flush=True)
+        if args.out:  # after each size: a run that is cut off leaves what it has
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -67,8 +67,7 @@ def _moments(rows: Tensor) -> Tensor:
     squared = deviation * deviation
     spread = (energy / wide.shape[1] - mean * mean).clamp(min=0).sqrt()
     far = (wide - mean.unsqueeze(1)).abs_() > _SIGMAS * spread.unsqueeze(1)
-    beyond = far.sum(dim=1).to(wide.dtype) / wide.shape[1]
-    beyond = beyond + 0 * energy  # a comparison would swallow NaN
+    beyond = torch.count_nonzero(far).to(wide.dtype) / wide.shape[1]  # none in a row of zeros
     live = peak != 0  # NaN is live, so that it stays visible
     ratio = peak * math.sqrt(wide.shape[1]) / energy.sqrt()
     return torch.stack(
@@ -80,7 +79,7 @@ def _moments(rows: Tensor) -> Tensor:
             torch.dot(squared, squared),
             energy.sum(),
             live.sum().to(wide.dtype),
-            beyond.where(live, 0).sum(),
+            beyond + 0 * energy.sum(),  # a comparison would swallow NaN
             ratio.where(live, 0).sum(),
             _row_snr(rows, energy, 8).where(live, 0).sum(),
             _row_snr(rows, energy, 4).where(live, 0).sum(),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bfmoe.functional import balance_step
@@ -146,6 +147,35 @@ def test_routers_are_balanced_together_as_one_by_one():
         assert router.balance_bias.equal(twin.balance_bias)
         assert router.pending_load.eq(0).all()
         assert router.balance_bias.any() == (rate > 0 and router is not together[-1])
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts the operations that bring a number to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "_local_scalar_dense" in str(function) or "nonzero.default" in str(function):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_routing_and_balancing_never_wait_for_the_device():
+    settings = {"switch_weight": 1.0, "z_weight": 1.0, "noise": 1.0}
+    routers = [TopKRouter(12, 4, 2, **settings) for _ in range(2)]
+    x, scale = torch.randn(10, 12), torch.tensor(0.5)
+    with Synchronisations() as seen:
+        for router in routers:
+            router.set_loss_scale(scale)
+            routing = router(x)
+            (routing.weights.square().sum() + routing.loss).backward()
+        balance_together(routers)
+    assert seen.names == []
+    with seen:
+        assert bool(x.any())
+    assert len(seen.names) == 1, "the check sees one"
 
 
 def test_noise_acts_in_training_and_is_new_each_step():
