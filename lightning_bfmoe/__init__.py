@@ -16,6 +16,8 @@ _DOOR = {
     "ExpertUsage": "lightning_bfmoe.callbacks",
     "Plan": "lightning_bfmoe.plan",
     "TernarySchedule": "lightning_bfmoe.callbacks",
+    "Calibration": "lightning_bfmoe.calibrate",
+    "calibrated_swap": "lightning_bfmoe.calibrated_swap",
     "inspect_packed": "lightning_bfmoe.deploy",
     "load_from_checkpoint": "lightning_bfmoe.checkpoint",
     "load_packed": "lightning_bfmoe.deploy",

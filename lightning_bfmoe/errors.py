@@ -42,6 +42,10 @@ class SwapError(BFMoEError):
     """A model's feed-forward blocks cannot be exchanged as asked."""
 
 
+class CalibrationError(BFMoEError):
+    """Activations for a calibrated swap cannot be collected, or are of no use."""
+
+
 class PackedFileError(BFMoEError):
     """A packed file is damaged, foreign, newer than this library, or does not fit the model."""
 

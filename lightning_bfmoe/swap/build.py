@@ -50,7 +50,7 @@ class OutputDropout:
 
 
 def build_layer(
-    c: Candidate, config: ButterflyMoEConfig, fit_steps: int = 0
+    c: Candidate, config: ButterflyMoEConfig, fit_steps: int = 0, bias: bool | None = None
 ) -> tuple[Layer, float | None]:
     """Builds the layer that replaces a candidate; `init="preserve"` gives it the weights found.
 
@@ -58,6 +58,7 @@ def build_layer(
         c: A recognised candidate.
         config: Settings; the number of experts of an expert block is kept, whatever it says.
         fit_steps: Adam steps that fit distinct experts onto the shared matrix.
+        bias: Whether the layer has biases; as the block when None.
 
     Returns:
         The layer, and for expert blocks the relative error of the experts' matrices.
@@ -72,7 +73,7 @@ def build_layer(
             block.d_ff,
             d_out=block.d_out,
             gated=block.gated,
-            bias=any(e.biases for e in c.experts or [block]),
+            bias=any(e.biases for e in c.experts or [block]) if bias is None else bias,
             dropout=block.dropout,
             activation=copy.deepcopy(block.activation),
             device=block.up.device,

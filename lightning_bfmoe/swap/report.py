@@ -38,7 +38,8 @@ class SwappedBlock:
     packed_bytes: int
     """The packed layer: trits at 1.6 bit, scales, biases and router fp32, angles and gains fp16."""
     relative_error: float | None = None
-    """RMS error on random rows right after the swap, at the present lambda; None in a dry run."""
+    """RMS error right after the swap, at the present lambda: on random rows, or on held-out tokens
+    where the swap was calibrated; None in a dry run."""
     expert_error: float | None = None
     """Relative error of distinct experts' matrices on one substrate; None for dense blocks."""
 
@@ -54,6 +55,7 @@ class SwapReport:
         blocks: The exchanged blocks, in the model's order.
         skipped: Path, status and reason of what was seen and left alone.
         dry_run: Whether the model was left as it was.
+        calibration: What a calibration chose (`calibrate.CalibrationReport`); None without one.
     """
 
     blocks: list[SwappedBlock] = field(default_factory=list)
@@ -61,6 +63,7 @@ class SwapReport:
     dry_run: bool = False
     placements: list[ReplacementPlan] = field(default_factory=list)
     receipts: list[tuple[ButterflyMoE | ButterflyExperts, Replaced]] = field(default_factory=list)
+    calibration: Any = None
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -84,6 +87,7 @@ class SwapReport:
             "blocks": [dataclasses.asdict(block) for block in self.blocks],
             "skipped": [dict(row) for row in self.skipped],
             "totals": self.totals(),
+            **({} if self.calibration is None else {"calibration": self.calibration.to_dict()}),
         }
 
     def release(self) -> None:
@@ -159,9 +163,10 @@ def _error(block: SwappedBlock) -> str:
 
 
 def _caption(report: SwapReport) -> str:
+    inputs = "random inputs" if report.calibration is None else "held-out tokens"
     lines = [
         "bytes: as held before; packed: 1.6-bit trits, fp16 angles;",
-        "error: of the block's output at lambda 1 (all ternary), on random inputs",
+        f"error: of the block's output at lambda 1 (all ternary), on {inputs}",
     ]
     groups: dict[tuple[str, str], list[str]] = {}
     for row in report.skipped:

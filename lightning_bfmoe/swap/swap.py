@@ -70,7 +70,7 @@ def swap_feed_forward(
         candidates = find_feed_forward(model)
         chosen = select_candidates(model, candidates, include, exclude)
         left = skipped_rows(c for c in candidates if not any(c is taken for taken in chosen))
-        blocks = [_describe(c, config) for c in chosen]
+        blocks = [describe_block(c, config) for c in chosen]
         if dry_run:
             return SwapReport(blocks, left, dry_run=True)
         entries: list[tuple[ReplacementPlan, ButterflyMoE | ButterflyExperts]] = []
@@ -126,7 +126,16 @@ def plan_entry(layer: ButterflyMoE | ButterflyExperts) -> ReplacementPlan:
     return {**layer.placement, "layer": {**layer.placement.get("layer", {}), **extra}}  # type: ignore[typeddict-item,return-value]
 
 
-def _describe(c: Candidate, config: ButterflyMoEConfig) -> SwappedBlock:
+def describe_block(
+    c: Candidate, config: ButterflyMoEConfig, bias: bool | None = None
+) -> SwappedBlock:
+    """The report's row of a candidate, as it will be.
+
+    Args:
+        c: A recognised candidate.
+        config: Settings of the layers.
+        bias: Whether the layer has biases; as the block when None.
+    """
     block = c.block
     assert block is not None and c.placement is not None
     kind, config = plan_settings(c, config)
@@ -135,7 +144,7 @@ def _describe(c: Candidate, config: ButterflyMoEConfig) -> SwappedBlock:
         "d_ff": block.d_ff,
         "d_out": block.d_out,
         "gated": block.gated,
-        "bias": any(e.biases for e in c.experts or [block]),
+        "bias": any(e.biases for e in c.experts or [block]) if bias is None else bias,
         "num_experts": config.num_experts,
     }
     name = (

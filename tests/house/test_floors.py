@@ -15,7 +15,11 @@ import pytest
 
 # floor, rooms, what lives there
 HOUSE = [
-    (5, ["callbacks", "strategy", "cli", "demo", "checkpoint"], "all that imports lightning"),
+    (
+        5,
+        ["callbacks", "strategy", "cli", "demo", "checkpoint", "calibrated_swap"],
+        "all that imports lightning",
+    ),
     (4, ["plan"], "when: step -> lambda, angle factor, phase; parameter groups"),
     (3, ["swap", "calibrate", "deploy", "viz", "metrics", "data"], "wings, apart from one another"),
     (2, ["layers"], "nn.Modules: rotation, substrate, router, the layer"),

@@ -1,0 +1,180 @@
+"""`calibrated_swap`: joins `swap` (which blocks, and where they stand) with `calibrate` (how)."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_bfmoe.calibrate import Calibration, Dense, Job, calibrate_layers
+from lightning_bfmoe.calibrate.feed_forward import check_settings
+from lightning_bfmoe.calibrate.park import Parked
+from lightning_bfmoe.calibrate.settings import moment_bytes
+from lightning_bfmoe.config import ButterflyMoEConfig
+from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE
+from lightning_bfmoe.layers.surgery import Replaced
+from lightning_bfmoe.swap.build import build_layer, measure
+from lightning_bfmoe.swap.candidate import Candidate
+from lightning_bfmoe.swap.find import find_feed_forward
+from lightning_bfmoe.swap.losses import warn_of_losses
+from lightning_bfmoe.swap.quiet import keep_rng
+from lightning_bfmoe.swap.report import SwapReport, skipped_rows
+from lightning_bfmoe.swap.select import Patterns, select_candidates
+from lightning_bfmoe.swap.swap import describe_block, install, plan_entry
+
+Layer = ButterflyMoE | ButterflyExperts
+
+
+@torch.inference_mode(False)  # inference tensors could not be trained
+def calibrated_swap(
+    model: nn.Module,
+    data: Iterable[Any],
+    config: ButterflyMoEConfig | None = None,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    calibration: Calibration | None = None,
+    **overrides: Any,
+) -> SwapReport:
+    """Like `swap_feed_forward`, but the ternary layers are fitted to what the model really sees.
+
+    The model runs over some batches without gradients; means and second moments of each block's
+    inputs and hidden units, nothing else, are kept; closed forms then set shared matrices, base
+    angles and biases (`docs/decisions.md` has the recipe's measurements). The latents lie on the
+    ternary grid, so lambda 0 and 1 give the same function.
+
+    Until all layers are ready the model is only run (``sequential=True`` puts finished layers in as
+    it goes and takes them out again on any exception), so an interrupted call changes nothing.
+    Blocks with a router of their own (experts of a mixture-of-experts model) are swapped without
+    calibration, with a warning.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        >>> data = [torch.randn(64, 8) for _ in range(5)]
+        >>> report = calibrated_swap(model, data, calibration=Calibration(progress=False))
+        >>> [(b.path, b.tokens, b.held_tokens) for b in report.calibration.blocks]
+        [('0', 256, 64)]
+
+    Args:
+        model: Any module; it stays on its device.
+        data: A dataloader or any iterable of batches.
+        config: Settings of the layers.
+        include: Paths or patterns of the blocks to swap, see `swap_feed_forward`.
+        exclude: Paths or patterns to leave alone.
+        calibration: How many batches, how they are fed, memory, order; defaults when None.
+        **overrides: Fields of `ButterflyMoEConfig` that differ from `config`.
+
+    Returns:
+        The swap's report, for `restore` and checkpoints; `calibration` in it holds the choices.
+
+    Raises:
+        SwapError: Nothing matches, or a chosen block cannot be swapped.
+        ConfigError: A setting is out of range or unknown.
+        CalibrationError: The model does not take a batch, activations are not finite, a block never
+            ran, or settings do not go with a calibration.
+    """
+    settings = calibration or Calibration()
+    config = ButterflyMoEConfig.from_dict(
+        {**(config or ButterflyMoEConfig()).to_dict(), **overrides}
+    )
+    check_settings(config)
+    with keep_rng():
+        candidates = find_feed_forward(model)
+        chosen = select_candidates(model, candidates, include, exclude)
+        left = skipped_rows(c for c in candidates if not any(c is taken for taken in chosen))
+        report = SwapReport(skipped=left)
+        plain = [c for c in chosen if c.experts]
+        if plain:
+            warnings.warn(
+                f"{len(plain)} expert blocks with a router of their own (first: {plain[0].path!r}) "
+                "are swapped without calibration.",
+                stacklevel=2,
+            )
+        fitting = [c for c in chosen if not c.experts]
+        course = _Course(model, sequential=settings.sequential)
+        try:
+            jobs = [course.job(c, config) for c in fitting]
+            if jobs:
+                report.calibration = calibrate_layers(model, jobs, data, settings)
+            others = {c.path: build_layer(c, config) for c in plain}
+            fits = {b.path: b for b in report.calibration.blocks} if jobs else {}
+            for c in chosen:
+                row = describe_block(c, config, bias=None if c.experts else True)
+                if c.experts:
+                    layer, row.expert_error = others[c.path]
+                    row.relative_error = measure(c, layer)
+                else:
+                    row.relative_error = fits[c.path].error ** 0.5
+                report.blocks.append(row)
+                warn_of_losses(c)
+            course.finish([(c, others[c.path][0]) for c in plain])
+        except BaseException:
+            course.undo()
+            raise
+    report.receipts = course.receipts
+    report.placements = [plan_entry(layer) for layer, _ in course.receipts]
+    return report
+
+
+class _Course:
+    """The new layers on their way into the model, and the way back.
+
+    Args:
+        model: The root.
+        sequential: Put each layer in as soon as it is done.
+    """
+
+    def __init__(self, model: nn.Module, sequential: bool) -> None:
+        self.model, self.sequential = model, sequential
+        self.waiting: list[tuple[Candidate, Parked]] = []
+        self.receipts: list[tuple[Layer, Replaced]] = []
+
+    def job(self, c: Candidate, config: ButterflyMoEConfig) -> Job:
+        """The candidate as `calibrate` sees it."""
+        block = c.block
+        assert block is not None
+        sizes = {
+            "d_model": block.d_model,
+            "d_ff": block.d_ff,
+            "d_out": block.d_out,
+            "gated": block.gated,
+        }
+        dense = Dense(
+            up=block.up,
+            down=block.down,
+            gate=block.gate,
+            up_bias=block.up_bias,
+            gate_bias=block.gate_bias,
+            function=block,
+        )
+        build: Callable[[], Layer] = lambda: build_layer(c, config, bias=True)[0]  # noqa: E731
+        return Job(c.path, dense, build, moment_bytes(sizes), lambda layer: self.done(c, layer))
+
+    def done(self, c: Candidate, layer: Layer) -> None:
+        """Take a fitted layer."""
+        if self.sequential:
+            self.put(c, layer)
+        else:
+            self.waiting.append((c, Parked(layer)))
+
+    def put(self, c: Candidate, layer: Layer) -> None:
+        """Put a layer into its slot."""
+        assert c.placement is not None
+        layer.train(c.module.training)
+        self.receipts += install(self.model, [(c.placement, layer)])
+
+    def finish(self, others: list[tuple[Candidate, Layer]]) -> None:
+        """Put in all that is not in yet."""
+        for c, parked in self.waiting:
+            self.put(c, parked.unpark())
+        self.waiting.clear()
+        for c, layer in others:
+            self.put(c, layer)
+
+    def undo(self) -> None:
+        """The model as it was."""
+        for layer, receipt in reversed(self.receipts):
+            receipt.revert()
+            layer.placement = None
+        self.receipts.clear()
