@@ -2,6 +2,6 @@
 
 import importlib.util
 
-collect_ignore = []
+collect_ignore_glob = []
 if importlib.util.find_spec("triton") is None:
-    collect_ignore.append("lightning_bfmoe/kernels/triton_rotation.py")
+    collect_ignore_glob.append("lightning_bfmoe/kernels/triton_*.py")
