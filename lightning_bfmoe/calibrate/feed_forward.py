@@ -141,17 +141,22 @@ def fit_output_(
 
 
 def degraded_hidden(layer: ButterflyMoE | ButterflyExperts) -> Callable[[Tensor], Tensor]:
-    """The hidden units of a layer's mean expert, as a function of rows in float32.
+    """The hidden units of a layer's mean expert, as a function of rows.
 
-    The dense matrices are formed once, when this is called.
+    The dense matrices are formed once, when this is called, in the dtype of the layer's parameters.
     """
     experts = experts_of(layer)
     up, up_bias = centre_weight(experts.up), experts.up.bias
     act = experts.activation
     if experts.gate is None:
-        return lambda x: act(F.linear(x, up, up_bias))
+        return lambda x: act(F.linear(x.to(up.dtype), up, up_bias))
     gate, gate_bias = centre_weight(experts.gate), experts.gate.bias
-    return lambda x: act(F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
+
+    def hidden(x: Tensor) -> Tensor:
+        x = x.to(up.dtype)
+        return act(F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
+
+    return hidden
 
 
 def experts_of(layer: ButterflyMoE | ButterflyExperts) -> ButterflyExperts:

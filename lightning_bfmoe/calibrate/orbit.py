@@ -59,11 +59,11 @@ def moment_in_basis(second_moment: Tensor, angles: Tensor) -> Tensor:
 
 @torch.no_grad()
 def centre_weight(linear: ButterflyLinear) -> Tensor:
-    """The dense matrix of the mean expert, (d_out, d_in) in float32, at the present lambda."""
+    """The dense matrix of the mean expert, (d_out, d_in), at the present lambda."""
     theta, phi = (r.angles.double().mean(dim=0) for r in (linear.rotate_in, linear.rotate_out))
     weight = out_of_basis(linear.substrate.weight().double(), theta)
     weight = apply_butterfly(weight.T, phi).T
     if linear.gain_in is not None and linear.gain_out is not None:
         gains = linear.gain_out.mean(dim=0).unsqueeze(1), linear.gain_in.mean(dim=0)
         weight = gains[0].double() * weight * gains[1].double()
-    return weight.float()
+    return weight.to(linear.rotate_in.angles.dtype)

@@ -49,9 +49,10 @@ def refit_output(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
     damped = c + level * torch.eye(len(c), dtype=c.dtype, device=c.device)
     miss = moments.cross()[:, alive] - w[:, alive] @ c
     lower, failed = torch.linalg.cholesky_ex(damped)
-    step = torch.linalg.lstsq(damped, miss.T).solution if failed else torch.cholesky_solve(
-        miss.T, lower
-    )  # fmt: skip
+    if failed or not ridge:  # without a ridge moments of few tokens are singular
+        step = torch.linalg.pinv(damped, hermitian=True) @ miss.T
+    else:
+        step = torch.cholesky_solve(miss.T, lower)
     out = w.clone()
     out[:, alive] += step.T
     return out

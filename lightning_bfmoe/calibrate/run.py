@@ -77,9 +77,9 @@ class _Work:
     def watch_hidden(self, rows: Tensor, held: bool) -> None:
         assert self.hidden is not None
         for part in rows.split(2048):
-            wanted = self.job.dense.function(part)
-            wide = part if part.dtype == torch.float64 else part.float()
-            self.pair[held].update(self.hidden(wide), wanted)
+            wanted = self.job.dense.function(part)  # under the model's own autocast, if any
+            with torch.autocast(part.device.type, enabled=False):
+                self.pair[held].update(self.hidden(part), wanted)
 
     def fit_inputs(self) -> None:
         fit, held = self.pair

