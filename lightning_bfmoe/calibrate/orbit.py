@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_bfmoe.functional.butterfly import apply_butterfly
+from lightning_bfmoe.functional.routing import group_by_expert
+from lightning_bfmoe.kernels import rotate
 from lightning_bfmoe.layers import ButterflyLinear
 from lightning_bfmoe.layers.rotation import Rotation
 
@@ -43,18 +44,24 @@ def place_orbit_(rotation: Rotation, angle: float, noise: float | None = None) -
 
 def into_basis(rows: Tensor, angles: Tensor) -> Tensor:
     """B(angles)^T on each row: what a row of weights is to inputs that were rotated likewise."""
-    return apply_butterfly(rows, angles, inverse=True)
+    return _rotate(rows, angles, inverse=True)
 
 
 def out_of_basis(rows: Tensor, angles: Tensor) -> Tensor:
     """The inverse of `into_basis`."""
-    return apply_butterfly(rows, angles)
+    return _rotate(rows, angles, inverse=False)
 
 
 def moment_in_basis(second_moment: Tensor, angles: Tensor) -> Tensor:
     """B^T H B: the second moment of rotated inputs."""
-    half = into_basis(second_moment, angles)  # H B, since H is symmetric: B^T on its rows
+    half = into_basis(second_moment, angles)  # H B: B^T on the rows of H
     return into_basis(half.T, angles)
+
+
+def _rotate(rows: Tensor, angles: Tensor, inverse: bool) -> Tensor:
+    """One rotation on all rows, through the fast kernel: all belong to one expert."""
+    one = group_by_expert(torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device), 1)
+    return rotate(rows.contiguous(), angles.unsqueeze(0), one, inverse)
 
 
 @torch.no_grad()
@@ -62,7 +69,7 @@ def centre_weight(linear: ButterflyLinear) -> Tensor:
     """The dense matrix of the mean expert, (d_out, d_in), at the present lambda."""
     theta, phi = (r.angles.double().mean(dim=0) for r in (linear.rotate_in, linear.rotate_out))
     weight = out_of_basis(linear.substrate.weight().double(), theta)
-    weight = apply_butterfly(weight.T, phi).T
+    weight = out_of_basis(weight.T, phi).T
     if linear.gain_in is not None and linear.gain_out is not None:
         gains = linear.gain_out.mean(dim=0).unsqueeze(1), linear.gain_in.mean(dim=0)
         weight = gains[0].double() * weight * gains[1].double()
