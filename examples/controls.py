@@ -55,6 +55,8 @@ class StandardMoE(nn.Module):
         num_experts: Number of experts.
         top_k: Experts that a token visits.
         ternary: Make the experts' matrices ternary as ``blend`` goes from 0 to 1.
+        all_tokens: Compute every expert on every token and multiply by the weight, 0 where it was
+            not chosen: the same sum by more arithmetic, faster on a GPU for small models.
         seed: Seed of the router's start, N(0, 0.02^2).
 
     Source: upcycling arXiv 2212.05055; balance loss arXiv 2101.03961, eq. 4-6, for k > 1.
@@ -67,10 +69,12 @@ class StandardMoE(nn.Module):
         top_k: int = 2,
         *,
         ternary: bool = False,
+        all_tokens: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.num_experts, self.top_k, self.ternary = num_experts, top_k, ternary
+        self.all_tokens = all_tokens
         self.blend = 0.0
         self.act = dense.act
         self.balance_loss = torch.zeros(())
@@ -87,7 +91,7 @@ class StandardMoE(nn.Module):
         return nn.Parameter(torch.stack([tensor.detach()] * self.num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., width]`` -> same; each expert computes its own tokens only."""
+        """``[..., width]`` -> same."""
         tokens = x.reshape(-1, x.shape[-1])
         logits = F.linear(tokens, self.router)  # [tokens, experts]
         best, chosen = logits.topk(self.top_k, dim=-1)  # [tokens, k]
@@ -97,12 +101,15 @@ class StandardMoE(nn.Module):
         # unbind, not an index per expert: its gradient is one stack instead of many full zeros
         up, down = _weight(self.up, blend).unbind(), _weight(self.down, blend).unbind()
         up_bias, down_bias = self.up_bias.unbind(), self.down_bias.unbind()
+        gates = torch.zeros_like(logits).scatter(1, chosen, weights.to(logits.dtype))
         out = torch.zeros_like(tokens)
         for expert in range(self.num_experts):
-            rows, slots = (chosen == expert).nonzero(as_tuple=True)
+            # finding an expert's own tokens makes the host wait for a GPU
+            rows = slice(None) if self.all_tokens else gates[:, expert].nonzero().squeeze(1)
             hidden = self.act(F.linear(tokens[rows], up[expert], up_bias[expert]))
             result = F.linear(hidden, down[expert], down_bias[expert])
-            out = out.index_add(0, rows, result * weights[rows, slots, None])
+            result = result * gates[rows, expert, None]
+            out = out + result if self.all_tokens else out.index_add(0, rows, result)
         return out.view_as(x)
 
     def _balance(self, probs: Tensor, chosen: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ def standard(
     """A mixture of independent experts: drawn independently, or copies of a trained block."""
 
     def make(block: FeedForward) -> StandardMoE:
-        moe = StandardMoE(block, experts, top_k, ternary=ternary)
+        on_gpu = torch.cuda.is_available()
+        moe = StandardMoE(block, experts, top_k, ternary=ternary, all_tokens=on_gpu)
         if fresh:
             generator = torch.Generator().manual_seed(experts)
             with torch.no_grad():
@@ -96,6 +97,7 @@ def reported(mode: str, budget: int) -> dict[str, Run]:
     """The comparison. `budget`: bytes a layer of ButterflyMoE 8 takes, for the wider control."""
     fresh = mode == "scratch"
     start = {"init": "scratch"} if fresh else {}
+    switch = {"switch_weight": 0.01, "balance_rate": 0.0}
     table = {
         "dense": control(dense, fresh),
         "ternary dense": control(TernaryFeedForward, fresh),
@@ -108,7 +110,10 @@ def reported(mode: str, budget: int) -> dict[str, Run]:
         "butterfly 8 top-4": butterfly(8, 4, **start),
         "butterfly 64 top-2": butterfly(64, 2, **start),
         "butterfly 64 top-4": butterfly(64, 4, **start),
+        "butterfly 256 top-2": butterfly(256, 2, **start),
         "butterfly 256 top-4": butterfly(256, 4, **start),
+        "butterfly 64 top-4, Switch": butterfly(64, 4, **switch, **start),
+        "butterfly 256 top-4, Switch": butterfly(256, 4, **switch, **start),
     }
     if fresh:
         table |= {

@@ -168,3 +168,20 @@ def test_names_of_ternary_matrices():
     assert ternary_names(small_gpt("moe")) == set()
     assert len(ternary_names(small_gpt("ternary moe"))) == 4
     assert ternary_names(TernaryFeedForward(FeedForward(4, 8))) == {"up", "down"}
+
+
+@pytest.mark.parametrize("ternary", [False, True])
+def test_all_tokens_computes_the_same_sum_and_gradients(ternary):
+    block, x = FeedForward(8, 16).double(), torch.randn(5, 8, dtype=torch.float64)
+    found = []
+    for all_tokens in (False, True):
+        moe = StandardMoE(block, 4, 2, ternary=ternary, all_tokens=all_tokens).double()
+        with torch.no_grad():
+            moe.up.copy_(torch.linspace(-1, 1, moe.up.numel()).sin().view_as(moe.up))
+        moe.blend = 0.5
+        y = moe(x)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in moe.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        assert one.abs().sum() > 0
