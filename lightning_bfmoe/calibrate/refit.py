@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_bfmoe.calibrate.moments import Moments
 from lightning_bfmoe.errors import CalibrationError
 
-RIDGES = (3e-3, 3e-2, 3e-1)
+RIDGES = (3e-3, 3e-2, 3e-1, 1.0)
 """Shares of the mean variance that are tried as the ridge."""
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_bfmoe.calibrate import Moments, low_rank_correction, refit_output
-from lightning_bfmoe.calibrate.refit import best_bias, choose_refit
+from lightning_bfmoe.calibrate.refit import RIDGES, best_bias, choose_refit
 from lightning_bfmoe.errors import CalibrationError
 
 
@@ -82,7 +82,7 @@ def test_held_out_rows_choose_the_ridge():
     assert ridge is not None
     errors = {
         r: held.output_error(w, best_bias(w, fit))
-        for r in (3e-3, 3e-2, 3e-1)
+        for r in RIDGES
         for w in [refit_output(torch.zeros(4, 30), fit, r)]
     }
     assert ridge == min(errors, key=errors.get)
