@@ -241,13 +241,15 @@ def table(title: str, result: dict, compare: bool) -> list[str]:
 
 
 def commit() -> str:
+    if commit := os.environ.get("COMMIT"):  # of a copy of the tree inside another checkout
+        return commit
     try:
         done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
         )
     except OSError:
-        return os.environ.get("COMMIT", "")
-    return done.stdout.strip() or os.environ.get("COMMIT", "")
+        return ""
+    return done.stdout.strip()
 
 
 def about(args) -> dict:
