@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
             found = table_of(mode, options.judge, options.size)
             if names and (unknown := set(names) - set(found)):
                 raise SystemExit(f"no run is called {sorted(unknown)}; there are {sorted(found)}")
-            wanted += [(mode, n, seed) for n in found if names is None or n in names]
+            wanted += [(mode, name, seed) for name in names or found]
     todo = [task for task in wanted if key(task) not in store.runs]
     bases = {seed for mode, _, seed in todo if mode == "continue"}
     todo = [
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--modes", default="scratch", help="scratch, continue, or both.")
     parser.add_argument("--judge", choices=["test", "tuning"], default="test")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--only", default="", help="Names of runs, with semicolons between.")
+    parser.add_argument("--only", default="", help="Names, with ; between, in order.")
     parser.add_argument("--limit", type=float, default=math.inf, help="Begin no run past it (s).")
     parser.add_argument("--workers", type=int, default=1, help="Trainings at once on the device.")
     parser.add_argument("--threads", type=int, default=max((os.cpu_count() or 1) // 2, 1))
