@@ -36,7 +36,7 @@ SIZES = [
 EXPERTS = [8, 64, 256]
 CHECKED = [2, 7, 48, 130, 256, 320, 512, 768, 1024, 2048, 3072, 4096, 8192]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NONE, BF16 = None, torch.bfloat16
+BF16 = torch.bfloat16
 
 # (spread, rows, warps, resident, registers) to compare, by (width, backward)
 SHAPES = {
@@ -150,20 +150,7 @@ def warm(part: int, parts: int, tune: bool) -> None:
                 cuda.rotation_backward(x, x, angles, groups.counts, False)
             else:
                 cuda.rotation(x, angles, groups.counts, False)
-    if (old := before()) is not None:
-        for d in [d for d, _ in SIZES if d & (d - 1) == 0][part::parts]:
-            x, angles, groups = case(d, 8, 2)
-            old.backward(old.forward(x, angles, groups.counts), x, angles, groups.counts)
     torch.cuda.synchronize()
-
-
-def before():
-    """The kernel before this one, while its file is still here."""
-    try:
-        import rotation_old
-    except ImportError:
-        return None
-    return rotation_old
 
 
 def whole(d: int) -> bool:
@@ -192,7 +179,7 @@ def milliseconds(function) -> float:
     return do_bench(graph.replay, warmup=5, rep=25, return_mode="median")
 
 
-def time_one(d: int, rows: int, experts: int, dtype: torch.dtype, old) -> dict:
+def time_one(d: int, rows: int, experts: int, dtype: torch.dtype) -> dict:
     """Milliseconds and multiples of a copy."""
     x, angles, groups = case(d, rows, experts, dtype)
     other, grad, counts = torch.empty_like(x), torch.randn_like(x), groups.counts
@@ -205,21 +192,12 @@ def time_one(d: int, rows: int, experts: int, dtype: torch.dtype, old) -> dict:
     def eager():
         torch.autograd.grad(cuda.rotate_cuda(*leaves, groups), leaves, grad)
 
-    found = {
+    return {
         "d": d, "rows": rows, "experts": experts, "dtype": str(dtype), "copy_ms": copy,
         "forward_ms": forward, "backward_ms": backward, "forward_over_copy": forward / copy,
         "both_over_copy": (forward + backward) / copy,
         "eager_both_ms": do_bench(eager, warmup=5, rep=25, return_mode="median"),
     }  # fmt: skip
-    if old is not None and d & (d - 1) == 0:
-        with torch.no_grad():
-            ahead = milliseconds(lambda: old.forward(x, angles, counts))
-            back = milliseconds(lambda: old.backward(y, grad, angles, counts))
-        found |= {
-            "old_forward_over_copy": ahead / copy,
-            "old_both_over_copy": (ahead + back) / copy,
-        }
-    return found
 
 
 def tune(experts: int = 64) -> list[dict]:
@@ -261,9 +239,6 @@ def table(rows: list[dict]) -> None:
             f"{row['forward_over_copy']:.2f}x  both {row['both_over_copy']:.2f}x  eager both "
             f"{row['eager_both_ms'] / row['copy_ms']:.1f}x"
         )
-        if "old_both_over_copy" in row:
-            old = row["old_forward_over_copy"], row["old_both_over_copy"]
-            line += f"  (old {old[0]:.1f}x {old[1]:.1f}x)"
         print(line, flush=True)
 
 
@@ -282,12 +257,8 @@ def main() -> None:
     print(f"compiled after {time.time() - start:.0f} s", flush=True)
     errors = [check_one(*job) for job in check_jobs()]
     print(f"correct: {len(errors)} cases, {time.time() - start:.0f} s", flush=True)
-    try:
-        import rotation_old as old
-    except ImportError:
-        old = None
-    times = [time_one(d, rows, experts, BF16, old) for d, rows in SIZES for experts in EXPERTS] + [
-        time_one(d, 32768, 64, torch.float32, None) for d in (256, 1024)
+    times = [time_one(d, rows, experts, BF16) for d, rows in SIZES for experts in EXPERTS] + [
+        time_one(d, 32768, 64, torch.float32) for d in (256, 1024)
     ]
     table(times)
     print(f"timed after {time.time() - start:.0f} s", flush=True)

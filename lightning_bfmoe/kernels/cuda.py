@@ -81,25 +81,29 @@ def rotate_cuda(x: Tensor, angles: Tensor, groups: ExpertGroups, inverse: bool =
     return x
 
 
-def launch_shape(log_d: int, irregular: int, backward: bool, itemsize: int) -> Launch:
-    """The fastest of those compared that spills no registers, by the padded width 2^log_d."""
-    spread = min(4, log_d)
-    if irregular and (backward or log_d == 9):
-        spread = min(3, log_d)  # from two warps on partners are fetched through shared memory
+# (spread, rows, warps, resident, registers) measured best on an H100, by the padded width 2^key;
+# narrower ones take the first entry's, 8192 has one program of 512 threads.
+_FORWARD = {
+    8: (3, 8, 1, 16), 9: (3, 8, 2, 8), 10: (3, 8, 4, 4), 11: (4, 4, 4, 4), 12: (4, 8, 8, 1),
+    13: (4, 4, 16, 1),
+}  # fmt: skip
+_BACKWARD = {
+    8: (3, 2, 1, 16, 128), 9: (3, 2, 2, 8, 128), 10: (3, 2, 4, 4, 128), 11: (3, 2, 8, 2, 128),
+    12: (4, 2, 8, 1), 13: (4, 1, 16, 1),
+}  # fmt: skip
+
+
+def launch_shape(log_d: int, irregular: int, backward: bool) -> Launch:
+    """The fastest of those compared, by the padded width 2^log_d."""
+    if not irregular or log_d == 13:
+        best = Launch(*(_BACKWARD if backward else _FORWARD)[max(log_d, 8)])
+        return best._replace(spread=min(best.spread, log_d))
+    # From two warps on partners are fetched through shared memory.
+    spread = min(3 if backward or log_d == 9 else 4, log_d)
     warps = max(2**log_d >> (5 + spread), 1)
-    if warps == 16:  # 128 registers a thread at most
-        return Launch(spread, 1 if backward else 2, warps, 1)
-    if not backward:
-        return Launch(spread, 4, warps, 16 // warps, 160 if irregular else None)
-    if irregular:
+    if backward:
         return Launch(spread, 2, warps, max(12 // warps, 1), 168)
-    if log_d == 10 and itemsize == 4:
-        return Launch(3, 2, 4, 3, 160)
-    if log_d == 9 and itemsize == 4:
-        return Launch(spread, 1, warps, 10, 200)
-    if log_d == 12:
-        return Launch(spread, 1, warps, 1)
-    return Launch(spread, 2, warps, max(8 // warps, 1), 240 if log_d < 11 else None)
+    return Launch(spread, 4, warps, max(12 // warps, 1), 160)
 
 
 def walk_parts(regular: int, irregular: int, down: bool, launch: Launch) -> list[tuple[int, int]]:
@@ -168,7 +172,7 @@ def _prepare(x: Tensor, angles: Tensor, counts: Tensor, down: bool, backward: bo
     (rows, width), (experts, stages, _) = x.shape, angles.shape
     regular, irregular = fused_stages(width, stages)
     log_d = (width - 1).bit_length()
-    launch = launch_shape(log_d, irregular, backward, x.element_size())
+    launch = launch_shape(log_d, irregular, backward)
     height = launch.rows * max((32 * launch.warps << launch.spread) >> log_d, 1)
     lift = LIFT and regular > 0
     block, d = 256, 1 << log_d

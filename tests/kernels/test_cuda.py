@@ -161,7 +161,7 @@ def report(kernel, warps, registers=None, **constants):
 def check(width, backward):
     regular, irregular = cuda.fused_stages(width, num_stages(width))
     log_d = (width - 1).bit_length()
-    launch = cuda.launch_shape(log_d, irregular, backward, 2)
+    launch = cuda.launch_shape(log_d, irregular, backward)
     sizes = dict(WIDTH=width, REGULAR=regular, IRREGULAR=irregular, DOWN=backward, LIFT=True)
     shape = dict(LOG_D=log_d, SPREAD=launch.spread, ROWS=launch.rows, WARPS=launch.warps)
     if backward:
@@ -197,7 +197,7 @@ def test_partners_of_irregular_stages():
 def test_parts_cover_the_walk():
     for width, stages in ((8192, 13), (4096, 12), (768, 10), (6144, 13), (96, 7), (2, 1)):
         regular, irregular = cuda.fused_stages(width, stages)
-        launch = cuda.launch_shape((width - 1).bit_length(), irregular, True, 2)
+        launch = cuda.launch_shape((width - 1).bit_length(), irregular, True)
         for down in (False, True):
             parts = cuda.walk_parts(regular, irregular, down, launch)
             assert [s for a, b in parts for s in range(a, b)] == list(range(stages))
