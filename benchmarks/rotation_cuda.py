@@ -26,8 +26,8 @@ import triton
 from triton.testing import do_bench
 
 from lightning_bfmoe.functional import apply_butterfly, group_by_expert, num_pairs, num_stages
-from lightning_bfmoe.kernels import cuda
-from lightning_bfmoe.kernels.cuda import Launch
+from lightning_bfmoe.kernels import cuda, cuda_plan
+from lightning_bfmoe.kernels.cuda_plan import Launch
 
 SIZES = [
     (256, 65536), (512, 65536), (768, 32768), (1024, 32768), (1536, 16384), (2048, 32768),
@@ -73,13 +73,15 @@ def case(d: int, rows: int, experts: int, dtype: torch.dtype = BF16):
 @contextlib.contextmanager
 def launched(shape: Launch | None):
     """Every kernel in one launch shape."""
-    before = cuda.launch_shape
+    before = cuda_plan.launch_shape
     if shape is not None:
-        cuda.launch_shape = lambda *_: shape
+        cuda_plan.launch_shape = lambda *_: shape
+    cuda_plan.plan_for.cache_clear()
     try:
         yield
     finally:
-        cuda.launch_shape = before
+        cuda_plan.launch_shape = before
+        cuda_plan.plan_for.cache_clear()
 
 
 def plain(x, angles, groups, inverse, up):
@@ -155,7 +157,7 @@ def warm(part: int, parts: int, tune: bool) -> None:
 
 def whole(d: int) -> bool:
     """Whether every stage of a width is fused."""
-    return sum(cuda.fused_stages(d, num_stages(d))) == num_stages(d)
+    return sum(cuda_plan.fused_stages(d, num_stages(d))) == num_stages(d)
 
 
 def warm_all(tune: bool) -> None:
