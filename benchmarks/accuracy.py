@@ -58,13 +58,19 @@ def table_of(mode: str, judge: str, size: str) -> dict[str, Run]:
     return candidates(mode) if judge == "tuning" else reported(mode, budgets[size])
 
 
+def size_of(options: argparse.Namespace) -> dict[str, int]:
+    """Sizes of the model and its training."""
+    size = SIZES[options.size]
+    return {**size, "steps": options.steps} if options.steps else size
+
+
 def work(options: argparse.Namespace, tasks: Any, results: Any) -> None:
     """A process that trains one model after another."""
     import torch
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
-    size, data = SIZES[options.size], load_data(Path(options.data))
+    size, data = size_of(options), load_data(Path(options.data))
     while (task := tasks.get()) is not None:
         mode, name, seed = task
         try:
@@ -86,14 +92,16 @@ def work(options: argparse.Namespace, tasks: Any, results: Any) -> None:
 
 def base_path(options: argparse.Namespace, seed: int) -> Path:
     """Weights of the dense model that `continue` starts from."""
-    return Path(options.data) / f"base-{options.size}-{seed}.pt"
+    steps = size_of(options)["steps"]
+    return Path(options.data) / f"base-{options.size}-{steps}-{seed}.pt"
 
 
 def run(options: argparse.Namespace) -> None:
     """Train what is missing, several at once, until the time limit."""
     origin = json.loads((Path(options.data) / "origin.json").read_text())
-    setting = about(options.size, SIZES[options.size], options.judge, origin)
-    store = Store(Path(options.out) / f"accuracy-{options.size}-{options.judge}.json", setting)
+    setting = about(options.size, size_of(options), options.judge, origin)
+    name = options.size if not options.steps else f"{options.size}-{options.steps}"
+    store = Store(Path(options.out) / f"accuracy-{name}-{options.judge}.json", setting)
     wanted = []
     for seed in map(int, options.seeds.split(",")):  # seed by seed: a stopped call has whole rows
         for mode in options.modes.split(","):
@@ -186,6 +194,7 @@ def main() -> None:
     parser.add_argument("--data", default="outputs/accuracy-data", help="Folder of the bytes.")
     parser.add_argument("--corpus", default="stdlib")
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
+    parser.add_argument("--steps", type=int, default=0, help="In place of the size's own.")
     parser.add_argument("--modes", default="scratch", help="scratch, continue, or both.")
     parser.add_argument("--judge", choices=["test", "tuning"], default="test")
     parser.add_argument("--seeds", default="0")

@@ -173,4 +173,7 @@ def candidates(mode: str) -> dict[str, Run]:
         variant("lr x5 balance 0.01", balance_rate=1e-2, **slow)
         variant("lr x5 lambda always 1", plan=ALWAYS, **slow)
         variant("lr x5 absmean", scale="absmean", **slow)
+        variant("prototype", scale="absmean", plan=ALWAYS, **switch)
+        variant("prototype gains", scale="absmean", plan=ALWAYS, gains=True, **switch)
+        variant("switch gains", gains=True, **switch)
     return table
