@@ -26,6 +26,9 @@ class Launch(NamedTuple):
     warps: int  # warps of a program
     resident: int  # programs on one multiprocessor
     registers: int | None = None  # at most, for each thread
+    derive: bool = False  # read tan(theta / 2) only and compute sin(theta) from it
+    near: bool = False  # programs of a multiprocessor walk neighbouring rows
+    shared: int = 0  # stages whose sums of angle gradients lie in shared memory
 
 
 def fused_stages(width: int, stages: int) -> tuple[int, int]:
@@ -42,11 +45,11 @@ def fused_stages(width: int, stages: int) -> tuple[int, int]:
 
 # (spread, rows, warps, resident, registers) measured best on an H100, by the padded width 2^key;
 # narrower ones take the first entry's, 8192 has one program of 512 threads.
-_FORWARD = {
+_FORWARD: dict[int, tuple] = {
     8: (3, 8, 1, 16), 9: (3, 8, 2, 8), 10: (3, 8, 4, 4), 11: (4, 4, 4, 4), 12: (4, 8, 8, 1),
     13: (4, 4, 16, 1),
 }  # fmt: skip
-_BACKWARD = {
+_BACKWARD: dict[int, tuple] = {
     8: (3, 2, 1, 16, 128), 9: (3, 2, 2, 8, 128), 10: (3, 2, 4, 4, 128), 11: (3, 2, 8, 2, 128),
     12: (4, 2, 8, 1), 13: (4, 1, 16, 1),
 }  # fmt: skip
@@ -76,6 +79,7 @@ def walk_parts(regular: int, irregular: int, down: bool, launch: Launch) -> list
     own = [2 ** (launch.spread - 1)] * regular + [2**launch.spread] * irregular  # registers
     if down:
         own.reverse()
+    own[: launch.shared] = [0] * launch.shared
     parts, first, used = [], 0, 0
     for stage, registers in enumerate(own):
         if stage > first and used + registers > room:
@@ -152,24 +156,33 @@ class Plan:
         backward: bool,
     ) -> None:  # fmt: skip
         from lightning_bfmoe.kernels import triton_rotation, triton_tables
-        from lightning_bfmoe.kernels.triton_layout import table_size
+        from lightning_bfmoe.kernels.triton_layout import INTERPRETED, table_size
 
         regular, irregular = fused_stages(width, stages)
         self.experts, self.device = experts, device
         log_d = (width - 1).bit_length()
         launch = launch_shape(log_d, irregular, backward)
+        if INTERPRETED:
+            launch = launch._replace(shared=0)
+        lift = LIFT and regular > 0
+        derive = launch.derive and lift
+        self.near = launch.resident if launch.near else 1
         self.height = launch.rows * max((32 * launch.warps << launch.spread) >> log_d, 1)
         self.most = _multiprocessors(device) * launch.resident  # programs
-        self.partner, self.pair = (
-            _irregular_tables(width, stages, regular, device) if irregular else (None, None)
-        )
-        self.table = experts * table_size(log_d, regular, irregular)  # numbers
+        self.partner: Tensor | None = None
+        self.pair: Tensor | None = None
+        if irregular:
+            self.partner, self.pair = _irregular_tables(width, stages, regular, device)
+        # Numbers, in multiples of 16 bytes.
+        self.table = experts * table_size(log_d, regular, irregular, derive)
+        self.table = -(-self.table // 4) * 4
         self.rows = -(-(2 * experts + 1) // 4) * 4
         self.slice = stages * (width // 2) if backward else 0
         constants = {
             "WIDTH": width, "LOG_D": log_d, "REGULAR": regular, "IRREGULAR": irregular,
-            "DOWN": down, "LIFT": LIFT and regular > 0, "SPREAD": launch.spread,
-            "ROWS": launch.rows, "HEIGHT": self.height,
+            "DOWN": down, "LIFT": lift, "DERIVE": derive, "NEAR": self.near,
+            "SPREAD": launch.spread, "ROWS": launch.rows, "HEIGHT": self.height,
+            "SHARED": launch.shared,
         }  # fmt: skip
         block, d = 256, 1 << log_d
         blocks = -(-regular * d // (2 * block)) + -(-d // block) + -(-irregular * d // block)
@@ -195,7 +208,8 @@ class Plan:
 
     def programs(self, rows: int) -> int:
         """Programs that walk `rows` rows."""
-        return min(self.most, rows // self.height + self.experts)
+        wanted = min(self.most, rows // self.height + self.experts)
+        return -(-wanted // self.near) * self.near
 
     def memory(self, programs: int) -> Tensor:
         """Working memory of a call."""

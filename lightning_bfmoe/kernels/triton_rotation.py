@@ -26,9 +26,13 @@ from lightning_bfmoe.kernels.triton_layout import (
     jit,
     line,
     move,
+    move_by_row,
     numbers,
     numbers_like,
     pause,
+    shared_sums,
+    signs_at,
+    stage_at,
     table_size,
     tile,
     walked,
@@ -60,23 +64,34 @@ def _first_expert(p_last_tile, number, experts, WARPS: constexpr):
 
 
 @jit
+def _worker(NEAR: constexpr):
+    """Which share of the tiles this program takes; NEAR programs of a multiprocessor adjoin.
+
+    The hardware deals programs out to the multiprocessors one by one, so those that meet on one are
+    far apart in number; with neighbouring shares they read the same expert's coefficients.
+    """
+    rounds = gl.num_programs(0) // NEAR
+    return gl.program_id(0) % rounds * NEAR + gl.program_id(0) // rounds
+
+
+@jit
 def _stage(
     x, p_table, p_partner,
     S: constexpr, LOG_D: constexpr, REGULAR: constexpr, SPREAD: constexpr, ROWS: constexpr,
-    BESIDE: constexpr, WARPS: constexpr, DOWN: constexpr, LIFT: constexpr,
+    BESIDE: constexpr, WARPS: constexpr, DOWN: constexpr, LIFT: constexpr, DERIVE: constexpr,
 ):  # fmt: skip
     D: constexpr = 2**LOG_D
     x = move(x, tile(LOG_D, SPREAD, WARPS, ROWS, REGULAR, group_of(S, REGULAR, SPREAD)))
     if S >= REGULAR:
         other = gl.gather(x, partners(x, p_partner + (S - REGULAR) * D, D), 2)
-        x = blend(x, other, p_table + (2 * S + 1 - REGULAR) * D, D)
+        x = blend(x, other, p_table + stage_at(S, LOG_D, REGULAR, DERIVE), D)
     else:
         x1, x2 = pairs(x, ROWS, BESIDE, D, 2**S)
-        a, b = coefficients(p_table + S * D, x1, D)
+        a, b = coefficients(p_table + stage_at(S, LOG_D, REGULAR, DERIVE), x1, D, DERIVE)
         x1, x2 = turn(x1, x2, a, b, LIFT)
         x = merge(x1, x2, ROWS, BESIDE, D, 2**S)
         if LIFT and walked(REGULAR - 1, REGULAR, DOWN) == S:
-            x = signed(x, p_table + REGULAR * D, D)
+            x = signed(x, p_table + signs_at(LOG_D, REGULAR, DERIVE), D)
     return x
 
 
@@ -85,7 +100,7 @@ def rotate_kernel(
     p_x, p_y, p_table, p_partner, p_plan, experts,
     WIDTH: constexpr, LOG_D: constexpr, REGULAR: constexpr, IRREGULAR: constexpr,
     SPREAD: constexpr, ROWS: constexpr, WARPS: constexpr, DOWN: constexpr,
-    LIFT: constexpr,
+    LIFT: constexpr, DERIVE: constexpr, NEAR: constexpr,
 ):  # fmt: skip
     """Program i walks its share of the tiles; DOWN takes the stages from the last to the first."""
     STAGES: constexpr = REGULAR + IRREGULAR
@@ -101,7 +116,8 @@ def rotate_kernel(
     p_last_tile = p_plan + experts + 1
     total = gl.load(p_last_tile + experts - 1)
     share = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
-    begin = gl.program_id(0) * share
+    worker = _worker(NEAR)
+    begin = worker * share
     end = gl.minimum(begin + share, total)
     expert = _first_expert(p_last_tile, begin, experts, WARPS)
     while begin < end:
@@ -109,7 +125,7 @@ def rotate_kernel(
         first_row_of, last_row = gl.load(p_plan + expert), gl.load(p_plan + expert + 1)
         # Counted from the expert's last tile; only that one may be cut off.
         first_tile = last_tile - (last_row - first_row_of + HEIGHT - 1) // HEIGHT
-        p_expert = p_table + expert.to(gl.int64) * table_size(LOG_D, REGULAR, IRREGULAR)
+        p_expert = p_table + expert.to(gl.int64) * table_size(LOG_D, REGULAR, IRREGULAR, DERIVE)
         stop = gl.minimum(end, last_tile)
         for number in range(begin, stop):
             row = first_row_of + (number - first_tile) * HEIGHT
@@ -119,7 +135,7 @@ def rotate_kernel(
             for i in gl.static_range(STAGES):
                 x = _stage(
                     x, p_expert, p_partner, walked(i, STAGES, DOWN), LOG_D, REGULAR, SPREAD,
-                    ROWS, BESIDE, WARPS, DOWN, LIFT,
+                    ROWS, BESIDE, WARPS, DOWN, LIFT, DERIVE,
                 )  # fmt: skip
             o, mask = offsets(last_row - row, WIDTH, ROWS, BESIDE, 2**LOG_D, END)
             gl.store(p_y + at + o, move(x, END).to(p_y.dtype.element_ty), mask=mask)
@@ -132,14 +148,18 @@ def _undo(
     y, g, sums, p_table, p_partner,
     S: constexpr, ADD: constexpr, LOG_D: constexpr, REGULAR: constexpr, SPREAD: constexpr,
     ROWS: constexpr, BESIDE: constexpr, WARPS: constexpr, DOWN: constexpr, LIFT: constexpr,
+    DERIVE: constexpr, BY_ROW: constexpr,
 ):  # fmt: skip
     """`_stage` for outputs and gradient; with ADD the angle's gradient, g2 y1 - g1 y2, to sums."""
     D: constexpr = 2**LOG_D
-    y = move(y, tile(LOG_D, SPREAD, WARPS, ROWS, REGULAR, group_of(S, REGULAR, SPREAD)))
-    g = move(g, tile(LOG_D, SPREAD, WARPS, ROWS, REGULAR, group_of(S, REGULAR, SPREAD)))
+    LAYOUT: constexpr = tile(LOG_D, SPREAD, WARPS, ROWS, REGULAR, group_of(S, REGULAR, SPREAD))
+    if BY_ROW:
+        y, g = move_by_row(y, LAYOUT), move_by_row(g, LAYOUT)
+    else:
+        y, g = move(y, LAYOUT), move(g, LAYOUT)
     if S >= REGULAR:
         partner = partners(y, p_partner + (S - REGULAR) * D, D)
-        p_stage = p_table + (2 * S + 1 - REGULAR) * D
+        p_stage = p_table + stage_at(S, LOG_D, REGULAR, DERIVE)
         y2, g2 = gl.gather(y, partner, 2), gl.gather(g, partner, 2)
         if ADD:
             sums = add_rows(sums, g2, y, False, ROWS, BESIDE, D)
@@ -151,13 +171,14 @@ def _undo(
         if ADD:
             sums = add_rows(sums, g2, y1, False, ROWS, BESIDE, D // 2)
             sums = add_rows(sums, g1, y2, True, ROWS, BESIDE, D // 2)
-        a, b = coefficients(p_table + S * D, y1, D)
+        a, b = coefficients(p_table + stage_at(S, LOG_D, REGULAR, DERIVE), y1, D, DERIVE)
         y1, y2 = turn(y1, y2, a, b, LIFT)
         g1, g2 = turn(g1, g2, a, b, LIFT)
         y = merge(y1, y2, ROWS, BESIDE, D, 2**S)
         g = merge(g1, g2, ROWS, BESIDE, D, 2**S)
         if LIFT and walked(REGULAR - 1, REGULAR, DOWN) == S:
-            y, g = signed(y, p_table + REGULAR * D, D), signed(g, p_table + REGULAR * D, D)
+            p_signs = p_table + signs_at(LOG_D, REGULAR, DERIVE)
+            y, g = signed(y, p_signs, D), signed(g, p_signs, D)
     return y, g, sums
 
 
@@ -199,7 +220,8 @@ def rotate_back_kernel(
     p_y, p_g, p_dx, p_scratch, p_table, p_partner, p_pair, p_plan, experts,
     WIDTH: constexpr, LOG_D: constexpr, REGULAR: constexpr, IRREGULAR: constexpr,
     SPREAD: constexpr, ROWS: constexpr, WARPS: constexpr, DOWN: constexpr,
-    LIFT: constexpr, FIRST: constexpr, STOP: constexpr,
+    LIFT: constexpr, DERIVE: constexpr, NEAR: constexpr, FIRST: constexpr, STOP: constexpr,
+    SHARED: constexpr,
 ):  # fmt: skip
     """Walk the stages back; sums of the stages FIRST .. STOP-1 of the walk go to the scratch.
 
@@ -218,22 +240,36 @@ def rotate_back_kernel(
     p_last_tile = p_plan + experts + 1
     total = gl.load(p_last_tile + experts - 1)
     share = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
-    begin = gl.program_id(0) * share
+    worker = _worker(NEAR)
+    begin = worker * share
     end = gl.minimum(begin + share, total)
     expert = _first_expert(p_last_tile, begin, experts, WARPS)
+    stored = ()
+    for i in gl.static_range(FIRST, FIRST + SHARED):
+        stored = stored + (
+            gl.allocate_shared_memory(
+                gl.float32, [BESIDE, 2**LOG_D // 2],
+                shared_sums(
+                    LOG_D, SPREAD, WARPS, REGULAR, walked(i, STAGES, DOWN),
+                    group_of(walked(i, STAGES, DOWN), REGULAR, SPREAD),
+                ),
+            ),
+        )  # fmt: skip
     while begin < end:
         last_tile = gl.load(p_last_tile + expert)
         first_row_of, last_row = gl.load(p_plan + expert), gl.load(p_plan + expert + 1)
         first_tile = last_tile - (last_row - first_row_of + HEIGHT - 1) // HEIGHT
-        p_expert = p_table + expert.to(gl.int64) * table_size(LOG_D, REGULAR, IRREGULAR)
+        p_expert = p_table + expert.to(gl.int64) * table_size(LOG_D, REGULAR, IRREGULAR, DERIVE)
         stop = gl.minimum(end, last_tile)
         sums = ()
         for i in gl.static_range(FIRST, STOP):
-            sums = sums + (
-                _no_sums(
-                    walked(i, STAGES, DOWN), LOG_D, REGULAR, SPREAD, ROWS, BESIDE, WARPS
-                ),
+            nothing = _no_sums(
+                walked(i, STAGES, DOWN), LOG_D, REGULAR, SPREAD, ROWS, BESIDE, WARPS
             )  # fmt: skip
+            if i - FIRST < SHARED:
+                stored[i - FIRST].store(nothing)
+            else:
+                sums = sums + (nothing,)
         for number in range(begin, stop):
             row = first_row_of + (number - first_tile) * HEIGHT
             at = row.to(gl.int64) * WIDTH
@@ -242,23 +278,45 @@ def rotate_back_kernel(
             g = gl.load(p_g + at + o, mask=mask, other=0.0).to(gl.float32)
             more = ()
             for i in gl.static_range(STOP):
-                y, g, added = _undo(
-                    y, g, sums[i - FIRST if i >= FIRST else 0], p_expert, p_partner,
-                    walked(i, STAGES, DOWN), i >= FIRST, LOG_D, REGULAR, SPREAD, ROWS,
-                    BESIDE, WARPS, DOWN, LIFT,
-                )  # fmt: skip
-                if i >= FIRST:
-                    more = more + (added,)
+                if i >= FIRST and i - FIRST < SHARED:
+                    y, g, added = _undo(
+                        y, g, _no_sums(
+                            walked(i, STAGES, DOWN), LOG_D, REGULAR, SPREAD, ROWS, BESIDE, WARPS
+                        ),
+                        p_expert, p_partner, walked(i, STAGES, DOWN), True, LOG_D, REGULAR, SPREAD,
+                        ROWS, BESIDE, WARPS, DOWN, LIFT, DERIVE,
+                        SHARED > 0 and ROWS == 2,
+                    )  # fmt: skip
+                    here = stored[i - FIRST]
+                    here.store(here.load(added.type.layout) + added)
+                else:
+                    y, g, added = _undo(
+                        y, g, sums[i - FIRST - SHARED if i >= FIRST else 0], p_expert, p_partner,
+                        walked(i, STAGES, DOWN), i >= FIRST, LOG_D, REGULAR, SPREAD, ROWS,
+                        BESIDE, WARPS, DOWN, LIFT, DERIVE,
+                        SHARED > 0 and ROWS == 2,
+                    )  # fmt: skip
+                    if i >= FIRST:
+                        more = more + (added,)
                 row = pause(row)
             sums = more
             if STOP == STAGES:
                 o, mask = offsets(last_row - row, WIDTH, ROWS, BESIDE, 2**LOG_D, END)
+                if SHARED > 0 and ROWS == 2:
+                    g = move_by_row(g, END)
                 gl.store(p_dx + at + o, move(g, END).to(p_dx.dtype.element_ty), mask=mask)
         # Of any two programs and experts met on the way only one pair has this sum.
-        piece = (gl.program_id(0) + expert).to(gl.int64) * (STAGES * (WIDTH // 2))
+        piece = (worker + expert).to(gl.int64) * (STAGES * (WIDTH // 2))
         for i in gl.static_range(FIRST, STOP):
+            if i - FIRST < SHARED:
+                nothing = _no_sums(
+                    walked(i, STAGES, DOWN), LOG_D, REGULAR, SPREAD, ROWS, BESIDE, WARPS
+                )  # fmt: skip
+                total_here = stored[i - FIRST].load(nothing.type.layout)
+            else:
+                total_here = sums[i - FIRST - SHARED]
             _keep(
-                sums[i - FIRST], p_scratch + piece, p_pair, walked(i, STAGES, DOWN), WIDTH,
+                total_here, p_scratch + piece, p_pair, walked(i, STAGES, DOWN), WIDTH,
                 2**LOG_D, REGULAR,
             )  # fmt: skip
         begin = stop

@@ -108,6 +108,11 @@ cuda_plan.walk_parts = lambda regular, irregular, *_: [(0, 1), (1, 3), (3, regul
 cuda_plan.launch_shape = lambda *_: cuda_plan.Launch(spread=2, rows=4, warps=2, resident=1)
 check(1e-6, 32, 3, 150)
 check(1e-6, 48, 3, 70, inverse=True)
+derived = cuda_plan.Launch(2, 2, 1, resident=3, derive=True, near=True)
+cuda_plan.launch_shape = lambda *_: derived
+cuda_plan.plan_for.cache_clear()
+check(1e-6, 32, 3, 150)
+check(1e-6, 48, 2, 40, inverse=True)
 cuda_plan.LIFT = False
 cuda_plan.plan_for.cache_clear()
 check(1e-6, 32, 2, 70, inverse=True)
@@ -174,13 +179,16 @@ def check(width, backward):
     regular, irregular = cuda_plan.fused_stages(width, num_stages(width))
     log_d = (width - 1).bit_length()
     launch = cuda_plan.launch_shape(log_d, irregular, backward)
-    sizes = dict(WIDTH=width, REGULAR=regular, IRREGULAR=irregular, DOWN=backward, LIFT=True)
-    shape = dict(LOG_D=log_d, SPREAD=launch.spread, ROWS=launch.rows, WARPS=launch.warps)
+    sizes = dict(WIDTH=width, REGULAR=regular, IRREGULAR=irregular, DOWN=backward, LIFT=True,
+                 DERIVE=launch.derive)
+    shape = dict(LOG_D=log_d, SPREAD=launch.spread, ROWS=launch.rows, WARPS=launch.warps,
+                 NEAR=launch.resident if launch.near else 1)
     if backward:
-        report(triton_tables.collect_kernel, 4, **sizes, HEIGHT=2, PIECES=32, BLOCK=128, WARPS=4)
+        summed = {name: value for name, value in sizes.items() if name != "DERIVE"}
+        report(triton_tables.collect_kernel, 4, **summed, HEIGHT=2, PIECES=32, BLOCK=128, WARPS=4)
         ((first, stop),) = cuda_plan.walk_parts(regular, irregular, True, launch)
         found = report(triton_rotation.rotate_back_kernel, launch.warps, launch.registers, **sizes,
-                       **shape, FIRST=first, STOP=stop)
+                       **shape, FIRST=first, STOP=stop, SHARED=launch.shared)
     else:
         report(triton_tables.prepare_kernel, 4, **sizes, LOG_D=log_d, BLOCK=256, WARPS=4)
         found = report(triton_rotation.rotate_kernel, launch.warps, launch.registers, **sizes,
