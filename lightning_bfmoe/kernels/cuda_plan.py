@@ -155,7 +155,7 @@ class Plan:
         self, width: int, stages: int, experts: int, device: torch.device, down: bool,
         backward: bool,
     ) -> None:  # fmt: skip
-        from lightning_bfmoe.kernels import triton_rotation, triton_tables
+        from lightning_bfmoe.kernels import triton_backward, triton_rotation, triton_tables
         from lightning_bfmoe.kernels.triton_layout import INTERPRETED, table_size
 
         regular, irregular = fused_stages(width, stages)
@@ -190,7 +190,7 @@ class Plan:
         self.prepare = Call(
             triton_tables.prepare_kernel, {**constants, "BLOCK": block, "WARPS": 4}, num_warps=4
         )
-        kernel = triton_rotation.rotate_back_kernel if backward else triton_rotation.rotate_kernel
+        kernel = triton_backward.rotate_back_kernel if backward else triton_rotation.rotate_kernel
         parts = walk_parts(regular, irregular, down, launch) if backward else [(0, 0)]
         self.walks = [
             Call(

@@ -153,7 +153,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from lightning_bfmoe.functional import num_stages
-from lightning_bfmoe.kernels import cuda_plan, triton_rotation, triton_tables
+from lightning_bfmoe.kernels import cuda_plan, triton_backward, triton_rotation, triton_tables
 
 cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 TYPES = dict(p_angles="*fp32", p_counts="*i64", p_dangles="*fp32", p_scratch="*fp32",
@@ -175,10 +175,10 @@ def report(kernel, warps, registers=None, **constants):
         done = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True)
     return done.stdout.split("Function", 1)[1]
 
-def check(width, backward):
+def check(width, backward, launch=None):
     regular, irregular = cuda_plan.fused_stages(width, num_stages(width))
     log_d = (width - 1).bit_length()
-    launch = cuda_plan.launch_shape(log_d, irregular, backward)
+    launch = launch or cuda_plan.launch_shape(log_d, irregular, backward)
     sizes = dict(WIDTH=width, REGULAR=regular, IRREGULAR=irregular, DOWN=backward, LIFT=True,
                  DERIVE=launch.derive)
     shape = dict(LOG_D=log_d, SPREAD=launch.spread, ROWS=launch.rows, WARPS=launch.warps,
@@ -187,7 +187,7 @@ def check(width, backward):
         summed = {name: value for name, value in sizes.items() if name != "DERIVE"}
         report(triton_tables.collect_kernel, 4, **summed, HEIGHT=2, PIECES=32, BLOCK=128, WARPS=4)
         ((first, stop),) = cuda_plan.walk_parts(regular, irregular, True, launch)
-        found = report(triton_rotation.rotate_back_kernel, launch.warps, launch.registers, **sizes,
+        found = report(triton_backward.rotate_back_kernel, launch.warps, launch.registers, **sizes,
                        **shape, FIRST=first, STOP=stop, SHARED=launch.shared)
     else:
         report(triton_tables.prepare_kernel, 4, **sizes, LOG_D=log_d, BLOCK=256, WARPS=4)
@@ -199,7 +199,8 @@ def check(width, backward):
 
 @with_triton
 def test_compiles_for_a_gpu_without_spills():
-    calls = "check(256, True)\ncheck(768, False)\ncheck(1024, False)"
+    shared = "cuda_plan.Launch(3, 2, 4, 4, 128, derive=True, near=True, shared=10)"
+    calls = f"check(1024, True, {shared})\ncheck(768, False)\ncheck(1024, False)"
     assert python(f"{COMPILE}\n{calls}\nprint('fits')", TRITON_INTERPRET="0") == "fits"
 
 
