@@ -5,14 +5,18 @@ Plain JSON inside the safetensors metadata (`docs/format.md` explains every fiel
     {"library": "lightning-bfmoe 0.1.0",
      "tensors": {name: {"sha256": hex, "part": one of PARTS, "layer": path or null}},
      "aliases": {name: name of the tensor it shares},
-     "layers": [{"path", "kind", "config", "placement", "bits", "angles", ...}],
-     "extra_state": {module path: any JSON}}
+     "layers": [{"path", "kind", "config", "placement", "bits", "angles", "gains", "router"}],
+     "extra_state": {module path: any JSON},
+     "init": {argument of the model's class: plain JSON},
+     "example": null or {"inputs": [names of tensors], "output": name of a tensor}}
+
+Version 1 has no "gains", "router", "init" and "example"; it reads as `_from_version_1` says.
 """
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -33,8 +37,17 @@ from lightning_bfmoe.deploy.writer import tensor_bytes, write_container
 from lightning_bfmoe.errors import PackedFileError, SwapError
 from lightning_bfmoe.layers.surgery import ReplacementPlan, check_form
 
-PARTS = ("substrate", "scales", "angles", "gains", "router", "bias", "dense", "other")
+PARTS = ("substrate", "scales", "angles", "gains", "router", "bias", "dense", "other", "example")
 """What a tensor is for; `dense` is the fp32 projection of the preset `paper`, `other` the model."""
+NUMBERS = ("float16", "float32", "int8", "int4")
+"""Encodings of the angles."""
+ENCODINGS = {
+    "bits": ("1.6", "2"),
+    "angles": NUMBERS,
+    "gains": ("float16", "float32", "int8"),
+    "router": ("float32", "bfloat16"),
+}
+"""Field of a layer record -> its values."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,19 @@ class LayerRecord:
     bits: str
     """Encoding of the trits: `1.6` or `2`."""
     angles: str
-    """Encoding of the angles and gains: `float16` or `float32`."""
+    """Encoding of the angles: `float16`, `float32`, `int8` or `int4`."""
+    gains: str
+    """Encoding of the gains: `float16`, `float32` or `int8`."""
+    router: str
+    """Encoding of the router's weight: `float32` or `bfloat16`."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A recorded forward pass: names of its stored tensors."""
+
+    inputs: list[str]
+    output: str
 
 
 @dataclass(frozen=True)
@@ -72,6 +97,9 @@ class Header:
     aliases: dict[str, str] = field(default_factory=dict)
     extra_state: dict[str, Any] = field(default_factory=dict)
     library: str = ""
+    init: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the model's class, where it keeps them (`hparams` of a LightningModule)."""
+    example: Example | None = None
 
     def to_json(self) -> str:
         """The header as one line of JSON."""
@@ -131,7 +159,7 @@ def write_packed(
     for name, tensor in tensors.items():
         digest = checksum(dtype_name(tensor), tensor.shape, tensor_bytes(tensor))
         records[name] = TensorRecord(digest, *parts[name])
-    header = Header(records, header.layers, header.aliases, header.extra_state, header.library)
+    header = replace(header, tensors=records)
     metadata = {
         "format": "bfmoe",
         "format_version": str(FORMAT_VERSION),
@@ -148,14 +176,18 @@ def read_packed(path: str | Path) -> PackedFile:
     """
     container = read_container(Path(path))
     raw = strict_json(container.metadata.get("header", ""))
+    if container.metadata["format_version"] == "1":
+        raw = _from_version_1(raw)
     names = {item.name for item in fields(Header)}
     if not isinstance(raw, dict) or set(raw) != names:
         refuse(f"the inner header has the fields {sorted(names)}", _keys(raw))
     for name, kind in (("tensors", dict), ("aliases", dict), ("layers", list)):
         if not isinstance(raw[name], kind):
             refuse(f"'{name}' must be a {kind.__name__}", type(raw[name]).__name__)
-    if not isinstance(raw["extra_state"], dict) or not isinstance(raw["library"], str):
-        refuse("'extra_state' must be a dict and 'library' text", _keys(raw))
+    if not (isinstance(raw["extra_state"], dict) and isinstance(raw["init"], dict)):
+        refuse("'extra_state' and 'init' must be dicts", _keys(raw))
+    if not isinstance(raw["library"], str):
+        refuse("'library' must be text", _keys(raw))
     layers = [_layer(item) for item in raw["layers"]]
     paths = [layer.path for layer in layers]
     if len(set(paths)) != len(paths):
@@ -167,7 +199,8 @@ def read_packed(path: str | Path) -> PackedFile:
     for alias, name in raw["aliases"].items():
         if not isinstance(name, str) or name not in tensors or alias in tensors:
             refuse("an alias must point at a stored tensor", f"{alias!r:.80} -> {name!r:.80}")
-    header = Header(tensors, layers, raw["aliases"], raw["extra_state"], raw["library"])
+    example = _example(raw["example"], tensors)
+    header = Header(**{**raw, "tensors": tensors, "layers": layers, "example": example})
     return PackedFile(container, header)
 
 
@@ -203,8 +236,9 @@ def _layer(raw: object) -> LayerRecord:
         refuse(f"a layer record has the fields {sorted(names)}", _keys(raw))
     if not isinstance(raw["path"], str) or raw["kind"] not in ("ButterflyMoE", "ButterflyExperts"):
         refuse("a layer has a path and a known kind", f"{raw['path']!r:.80}, {raw['kind']!r:.80}")
-    if raw["bits"] not in ("1.6", "2") or raw["angles"] not in ("float16", "float32"):
-        refuse("a layer has a known encoding", f"{raw['bits']!r:.40}, {raw['angles']!r:.40}")
+    for name, known in ENCODINGS.items():
+        if raw[name] not in known:
+            refuse("a layer has a known encoding", f"{name} {raw[name]!r:.40}, not in {known}")
     placement = raw["placement"]
     if placement is not None:
         try:
@@ -215,6 +249,34 @@ def _layer(raw: object) -> LayerRecord:
             refuse("a layer stands where its placement says", f"{raw['path']!r:.80}")
     _check_config(raw["config"])
     return LayerRecord(**{**raw, "placement": placement})
+
+
+def _example(raw: object, tensors: Mapping[str, TensorRecord]) -> Example | None:
+    """The recorded forward pass; its tensors, and they alone, are of the part `example`."""
+    marked = sorted(name for name, record in tensors.items() if record.part == "example")
+    if raw is None and not marked:
+        return None
+    if not isinstance(raw, dict) or set(raw) != {"inputs", "output"}:
+        refuse("an example has inputs and output", _keys(raw))
+    inputs, output = raw["inputs"], raw["output"]
+    named = [*inputs, output] if isinstance(inputs, list) else []
+    texts = [name for name in named if isinstance(name, str)]
+    if len(texts) < 2 or len(texts) != len(named) or sorted(texts) != marked:
+        refuse("an example names its tensors", f"{raw!r:.80}, marked {marked!r:.80}")
+    return Example(inputs, output)
+
+
+def _from_version_1(raw: Any) -> Any:
+    """The header of version 1 in the words of version 2; what is malformed stays so."""
+    if not isinstance(raw, dict) or {"init", "example"} & set(raw):
+        refuse("a header of version 1 has no init and no example", _keys(raw))
+    layers = raw.get("layers")
+    for layer in layers if isinstance(layers, list) else ():
+        if isinstance(layer, dict):
+            if {"gains", "router"} & set(layer) or layer.get("angles") not in NUMBERS[:2]:
+                refuse("a layer of version 1 has its encoding", _keys(layer))
+            layer |= {"gains": layer["angles"], "router": "float32"}
+    return {**raw, "init": {}, "example": None}
 
 
 def _check_config(config: object) -> None:

@@ -6,18 +6,21 @@ The stored names are the state-dict keys of the packed layer:
     experts.up.substrate.packed / .alpha                   trits as bytes, row scales
     experts.up.rotate_in.angles / rotate_out.angles        (experts, stages, pairs)
     experts.up.gain_in / gain_out / bias                   where the layer has them
+    ... rotate_in.codes / .scales, gain_in.codes / .scales  instead, at 8 or 4 bit
     experts.gate..., experts.down...                       the same
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_bfmoe.deploy.checks import refuse
+from lightning_bfmoe.deploy.coding import CODE_BITS, check_finite, number_tensors, stored_numbers
 from lightning_bfmoe.deploy.format import LayerRecord
 from lightning_bfmoe.deploy.slots import check_plain
+from lightning_bfmoe.deploy.stored import FLOATS, Stored
 from lightning_bfmoe.errors import PackedFileError
 from lightning_bfmoe.functional.butterfly import num_pairs, num_stages
 from lightning_bfmoe.functional.packing import packed_size
@@ -25,6 +28,8 @@ from lightning_bfmoe.layers import (
     ButterflyExperts,
     ButterflyLinear,
     ButterflyMoE,
+    CodedNumbers,
+    CodedRotation,
     PackedSubstrate,
     Substrate,
     TopKRouter,
@@ -35,17 +40,8 @@ KINDS: dict[str, type[ButterflyMoE] | type[ButterflyExperts]] = {
     "ButterflyMoE": ButterflyMoE,
     "ButterflyExperts": ButterflyExperts,
 }
-FLOATS = ("F32", "F16", "BF16")
 _TRAINING = {"dropout", "scale", "angle_std", "seed", "balance_rate"}
 _TRAINING |= {"switch_weight", "z_weight", "router_noise"}
-
-
-class Stored(NamedTuple):
-    """What one stored tensor must look like: safetensors dtypes that are allowed, shape, part."""
-
-    dtypes: tuple[str, ...]
-    shape: tuple[int, ...]
-    part: str
 
 
 def stored_tensors(record: LayerRecord) -> dict[str, Stored]:
@@ -55,11 +51,10 @@ def stored_tensors(record: LayerRecord) -> dict[str, Stored]:
     """
     config, experts = record.config, record.config["num_experts"]
     d_model, d_ff, d_out = config["d_model"], config["d_ff"], config["d_out"]
-    narrow = {"float16": "F16", "float32": "F32"}[record.angles]
     result: dict[str, Stored] = {}
     prefix = ""
     if record.kind == "ButterflyMoE":
-        result["router.weight"] = Stored(("F32",), (experts, d_model), "router")
+        result["router.weight"] = Stored((_ROUTER[record.router],), (experts, d_model), "router")
         result["router.balance_bias"] = Stored(("F32",), (experts,), "router")
         prefix = "experts."
 
@@ -71,9 +66,12 @@ def stored_tensors(record: LayerRecord) -> dict[str, Stored]:
         result[name + "substrate.alpha"] = Stored(("F32",), (scales, 1), "scales")
         for side, d in (("in", columns), ("out", rows)):
             angles = (experts, min(config["stages"] or d, num_stages(d)), num_pairs(d))
-            result[f"{name}rotate_{side}.angles"] = Stored((narrow,), angles, "angles")
+            place = f"{name}rotate_{side}"
+            result.update(stored_numbers(place, angles, "angles", record.angles))
             if config["gains"]:
-                result[f"{name}gain_{side}"] = Stored((narrow,), (experts, d), "gains")
+                gains = (experts, d)
+                place = f"{name}gain_{side}"
+                result.update(stored_numbers(place, gains, "gains", record.gains))
         if config["bias"]:
             result[name + "bias"] = Stored(("F32",), (rows,), "bias")
 
@@ -94,7 +92,9 @@ def describe(
     layer: ButterflyMoE | ButterflyExperts,
     placement: ReplacementPlan | None,
     bits: str,
-    angle_dtype: torch.dtype,
+    angles: str,
+    gains: str,
+    router: str,
 ) -> LayerRecord:
     """The record of a live layer.
 
@@ -108,8 +108,8 @@ def describe(
             got=f"{kind} at {path!r}",
             fix="Wrap the layer in a module of yours instead of subclassing it.",
         )
-    angles = str(angle_dtype).removeprefix("torch.")
-    return LayerRecord(path, kind, dict(layer.settings), placement, bits, angles)
+    settings = dict(layer.settings)
+    return LayerRecord(path, kind, settings, placement, bits, angles, gains, router)
 
 
 def pack_tensors(
@@ -125,44 +125,30 @@ def pack_tensors(
     Raises:
         PackedFileError: A number is NaN or infinite, or does not fit the stored dtype.
     """
-    narrow = getattr(torch, record.angles)
     result: dict[str, Tensor] = {}
     for name, stored in stored_tensors(record).items():
+        if stored.part in ("angles", "gains"):
+            result[name] = number_tensors(layer, record, name, stored.part, memo)
+            continue
         owner_name, _, leaf = name.rpartition(".")
         owner = layer.get_submodule(owner_name)
         key = (id(owner), leaf)
         if key not in memo and isinstance(owner, Substrate | PackedSubstrate):
             if isinstance(owner, Substrate):
-                _check_finite(record, f"{owner_name}.latent", owner.latent)
+                check_finite(record, f"{owner_name}.latent", owner.latent)
             packed = PackedSubstrate.from_substrate(owner, record.bits)
             memo |= {(id(owner), "packed"): packed.packed, (id(owner), "alpha"): packed.alpha}
         if key not in memo:
             tensor = check_plain(f"{record.path}.{name}", getattr(owner, leaf))
-            _check_finite(record, name, tensor)
-            if stored.part == "angles":
-                tensor = store_angles(tensor, narrow)
-            elif stored.part == "gains":
-                tensor = tensor.to(narrow)
+            check_finite(record, name, tensor)
+            if leaf == "weight" and stored.part == "router" and tensor.dtype == torch.float32:
+                tensor = tensor.to(getattr(torch, record.router))
             elif tensor.dtype == torch.float64:
                 refuse("a layer is packed from float32", f"{record.path}.{name} in float64", _FLOAT)
             memo[key] = tensor
-        _check_finite(record, name, memo[key])
+        check_finite(record, name, memo[key])
         result[name] = memo[key]
     return result
-
-
-def store_angles(angles: Tensor, dtype: torch.dtype) -> Tensor:
-    """Angles in the stored dtype; those outside (-pi, pi] are wrapped first if it is narrower.
-
-    Example:
-        >>> store_angles(torch.tensor([1.5, 7.0]), torch.float16)
-        tensor([1.5000, 0.7168], dtype=torch.float16)
-    """
-    if dtype == angles.dtype or dtype.itemsize >= angles.dtype.itemsize:
-        return angles.to(dtype)
-    wide = angles.double()
-    wrapped = wide - 2 * torch.pi * torch.round(wide / (2 * torch.pi))
-    return torch.where(wide.abs() > torch.pi, wrapped, wide).to(dtype)
 
 
 def build_packed(
@@ -194,13 +180,17 @@ def build_packed(
     for module in list(layer.modules()):
         if isinstance(module, ButterflyLinear):
             module.substrate = _empty_substrate(module.d_out, module.d_in, record)
+            _make_room(module, record)
     for name, stored in stored_tensors(record).items():
         owner_name, _, leaf = name.rpartition(".")
         owner = layer.get_submodule(owner_name)
-        _put(owner, leaf, tensors[name], frozen=stored.part in ("angles", "gains"))
+        tensor = tensors[name].float() if stored.part == "router" else tensors[name]
+        _put(owner, leaf, tensor, frozen=stored.part in ("angles", "gains"))
     for module in layer.modules():
         if isinstance(module, PackedSubstrate):
             module.ternary()  # raises unless every byte is a code
+        elif isinstance(module, CodedNumbers):
+            module.check()
         elif isinstance(module, TopKRouter):
             module.start_counting()
     return layer
@@ -226,6 +216,21 @@ def custom_tensors(record: LayerRecord, layer: nn.Module) -> Iterator[tuple[str,
         yield f"{prefix}activation.{name}", tensor
 
 
+def _make_room(linear: ButterflyLinear, record: LayerRecord) -> None:
+    """Coded angles and gains in the places of the float ones; their bytes come later."""
+    for name, encoding in (("rotate", record.angles), ("gain", record.gains)):
+        for place in (f"{name}_in", f"{name}_out"):
+            old = getattr(linear, place)
+            if encoding not in CODE_BITS or old is None:
+                continue
+            bits = CODE_BITS[encoding]
+            if isinstance(old, Tensor):
+                delattr(linear, place)
+                setattr(linear, place, CodedNumbers(tuple(old.shape), bits, 1.0, "meta"))
+            else:
+                setattr(linear, place, CodedRotation(tuple(old.angles.shape), bits, 0.0, "meta"))
+
+
 def _empty_substrate(d_out: int, d_in: int, record: LayerRecord) -> PackedSubstrate:
     packed = PackedSubstrate(2, 2, record.bits, record.config["granularity"])
     packed.d_out, packed.d_in = d_out, d_in  # the stored bytes follow, and fit these sizes
@@ -242,14 +247,5 @@ def _put(owner: nn.Module, name: str, tensor: Tensor, frozen: bool) -> None:
         setattr(owner, name, nn.Parameter(tensor, requires_grad=False))
 
 
-def _check_finite(record: LayerRecord, name: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise PackedFileError(
-            "every number of a packed layer must be finite",
-            got=f"{record.path}.{name} has {count} NaN or infinite of {tensor.numel()}",
-            fix="Find the step where training diverged; pack an earlier checkpoint.",
-        )
-
-
+_ROUTER = {"float32": "F32", "bfloat16": "BF16"}
 _FLOAT = "Call model.float() before packing."

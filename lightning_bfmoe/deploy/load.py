@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from lightning_bfmoe.deploy.format import read_packed
 from lightning_bfmoe.deploy.freeze import build_packed, custom_tensors, stored_tensors
 from lightning_bfmoe.deploy.match import Layer, Target, find_targets, match_tensors
-from lightning_bfmoe.deploy.pack import unwrap
-from lightning_bfmoe.deploy.slots import Slot
+from lightning_bfmoe.deploy.slots import Slot, unwrap
 from lightning_bfmoe.layers import CUSTOM, ButterflyMoE
 from lightning_bfmoe.layers.surgery import Replaced, apply_replacement
 

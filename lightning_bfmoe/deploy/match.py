@@ -110,7 +110,8 @@ def match_tensors(file: PackedFile, root: nn.Module, targets: list[Target], stri
             refuse("every ButterflyMoE of the model is in the file", f"{path!r} is not", _SAME)
     aliases = file.header.aliases
     inside = _check_layers(file, targets)
-    rest = (set(file.specs) | set(aliases)) - inside
+    shown = {n for n, record in file.header.tensors.items() if record.part == "example"}
+    rest = (set(file.specs) | set(aliases)) - inside - shown
     cut = frozenset[tuple[int, str]]().union(*(target.cut for target in targets))
     found = {slot.name: slot for slot in slots(root, live, cut)}
     _report("tensor", rest - set(found), set(found) - rest, strict)

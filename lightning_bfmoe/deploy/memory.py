@@ -8,10 +8,12 @@ A layer of N experts on a shared ternary matrix of d_out x d_in costs
    \text{angles}}\big)\, b_\theta / 8
 
 per matrix, plus gains, biases and the router, where S(d) is the number of butterfly stages and b
-the bits of a trit and of an angle. Ratios are given against the fp32 standard MoE *and* against one
-whose experts are ternary: the first flatters, the second is the fair opponent.
+the bits of a trit and of an angle. Angles of 8 or 4 bit have a float16 scale per expert and stage
+besides, int8 gains one per expert and side. Ratios are given against the fp32 standard MoE *and*
+against one whose experts are ternary: the first flatters, the second is the fair opponent.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +24,7 @@ from rich.table import Table
 from lightning_bfmoe.deploy.devices import device_bytes, human_bytes
 from lightning_bfmoe.errors import ConfigError
 from lightning_bfmoe.functional.butterfly import num_pairs, num_stages
+from lightning_bfmoe.functional.codes import CODE_BITS, SCALE_BYTES, code_bytes
 from lightning_bfmoe.functional.packing import packed_size
 
 Parts = dict[str, float]
@@ -107,14 +110,13 @@ class _Counter:
             "bias": 4 * copies * sum(self.biases),
         }
 
-    def rotations(self, experts: int, stages: int | None, bits: float) -> float:
+    def rotations(self, experts: int, stages: int | None, row: Callable[[int], float]) -> float:
         widths = [width for matrix in self.matrices for width in matrix]
         limit = max(map(num_stages, widths)) if stages is None else stages
-        angles = sum(min(limit, num_stages(width)) * num_pairs(width) for width in widths)
-        return experts * angles * bits / 8
+        return experts * sum(min(limit, num_stages(d)) * row(num_pairs(d)) for d in widths)
 
-    def gains(self, experts: int, bits: float) -> float:
-        return experts * sum(d_out + d_in for d_out, d_in in self.matrices) * bits / 8
+    def gains(self, experts: int, row: Callable[[int], float]) -> float:
+        return experts * sum(row(width) for matrix in self.matrices for width in matrix)
 
 
 def plan_memory(
@@ -126,6 +128,8 @@ def plan_memory(
     gated: bool = False,
     matrices: int | None = None,
     angle_bits: int = 16,
+    gain_bits: int | None = None,
+    router_bits: int = 32,
     trit_bits: float | str = 1.6,
     gains: bool = False,
     layers: int = 1,
@@ -153,7 +157,10 @@ def plan_memory(
         top_k: Experts that a token visits; stated in the table, no byte depends on it.
         gated: Three matrices (gate, up, down) instead of two.
         matrices: Count only the first n of (up, down, gate); None: all that the layer has.
-        angle_bits: Bits of a stored angle and gain: 32, 16, or 8 and 4 for what-if questions.
+        angle_bits: Bits of a stored angle: 32, 16, 8 or 4 (with a scale per expert and stage).
+        gain_bits: Bits of a stored gain: 32, 16 or 8. None: 32 beside angles of 32, else 16, as
+            `pack` does.
+        router_bits: 32, or 16 for `pack(rest="bf16")`; of our router only.
         trit_bits: 1.6 (five trits a byte) or 2; the paper's 1.58 only with `paper_convention`.
         gains: Per-expert diagonal gains.
         layers: Equal layers to add up.
@@ -171,7 +178,7 @@ def plan_memory(
         ShapeError: A width below 2.
     """
     settings = dict(locals())
-    for name in ("d_model", "d_ff", "num_experts", "top_k", "angle_bits", "layers"):
+    for name in ("d_model", "d_ff", "num_experts", "top_k", "layers"):
         _check_count(name, settings[name])
     if stages is not None:
         _check_count("stages", stages)
@@ -181,7 +188,12 @@ def plan_memory(
             got=f"top_k={top_k}, num_experts={num_experts}",
             fix=f"Use top_k={num_experts} or fewer.",
         )
-    choices = (("granularity", ("row", "tensor")), ("down", ("butterfly", "dense")))
+    choices = (
+        ("granularity", ("row", "tensor")), ("down", ("butterfly", "dense")),
+        ("angle_bits", (16, 32, 8, 4)), ("gain_bits", (None, 16, 32, 8)), ("router_bits", (32, 16)),
+    )  # fmt: skip
+    gain_bits = max(16, angle_bits) if gain_bits is None else gain_bits
+    row = _plain_row if paper_convention else _row
     for name, allowed in choices:
         if settings[name] not in allowed:
             raise ConfigError(
@@ -205,18 +217,22 @@ def plan_memory(
     ours = counter
     if down == "dense" and len(counter.matrices) > 1:
         ours = replace(counter, matrices=[counter.matrices[0], *counter.matrices[2:]])
-    packed = ours.ternary(1) | {"angles": ours.rotations(num_experts, stages, angle_bits)}
+    angles = ours.rotations(num_experts, stages, lambda numbers: row(numbers, angle_bits))
+    packed = ours.ternary(1) | {"angles": angles}
     if gains:
-        packed["gains"] = ours.gains(num_experts, angle_bits)
+        width = gain_bits
+        packed["gains"] = ours.gains(num_experts, lambda numbers: row(numbers, width))
     if ours is not counter:
         packed["weights"] = counter.weights(1)["weights"] - ours.weights(1)["weights"]
     routed: Parts = {"router": 4 * counter.router}
+    biases = num_experts if counter.router else 0  # always float32
+    narrow: Parts = {"router": (counter.router - biases) * router_bits / 8 + 4 * biases}
     parts = {
         "dense_fp32": counter.weights(1),
         "dense_ternary": counter.ternary(1),
         "moe_fp32": counter.weights(num_experts) | routed,
         "moe_ternary": counter.ternary(num_experts) | routed,
-        "butterfly": packed | routed,
+        "butterfly": packed | narrow,
     }
     return MemoryPlan(settings, parts, layers)
 
@@ -251,6 +267,16 @@ def experts_that_fit(
         first, second = (plan.layers * sum(plan.parts[form].values()) for plan in (one, two))
         result[form] = max(0, int((room - (2 * first - second)) // (second - first)))
     return result
+
+
+def _row(numbers: int, bits: int) -> float:
+    """Bytes of a stored row of angles or gains, its scale included."""
+    return code_bytes(numbers, bits) + SCALE_BYTES if bits in CODE_BITS else numbers * bits / 8
+
+
+def _plain_row(numbers: int, bits: int) -> float:
+    """The same without scales and whole bytes, as the paper counts."""
+    return numbers * bits / 8
 
 
 def _trit_bytes(numel: int, bits: float) -> float:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from typing_extensions import Self
 
+from lightning_bfmoe.deploy.coding import CODE_BITS, FLOAT_BITS
 from lightning_bfmoe.deploy.devices import human_bytes
 from lightning_bfmoe.deploy.format import Header, LayerRecord
 from lightning_bfmoe.deploy.memory import FORMS, MemoryPlan, plan_memory
@@ -47,7 +48,9 @@ class LayerSizes:
             granularity=config["granularity"],
             down=config["down"],
             router=self.record.kind == "ButterflyMoE",
-            angle_bits={"float16": 16, "float32": 32}[self.record.angles],
+            angle_bits=(FLOAT_BITS | CODE_BITS)[self.record.angles],
+            gain_bits=(FLOAT_BITS | CODE_BITS)[self.record.gains],
+            router_bits=16 if self.record.router == "bfloat16" else 32,
             trit_bits=self.record.bits,
         )
 
@@ -61,7 +64,7 @@ class PackedSummary:
     """Size of the file on disk."""
     layers: list[LayerSizes]
     other_bytes: int
-    """Tensors of the rest of the model."""
+    """Tensors of the rest of the model, and the recorded example's."""
     tensors: int
     """Stored tensors (count); shared ones count once."""
     library: str
@@ -114,6 +117,7 @@ class PackedSummary:
         title = f"{escape(self.path.name)}: {self.file_bytes:,} bytes on disk ({self.library})"
         table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
         table.add_column("part", overflow="fold")
+        table.add_column("stored as", overflow="fold")
         for head in ("substrate", "angles", "gains", "router", "other", "bytes"):
             table.add_column(head, justify="right", no_wrap=True)
         for layer in self.layers:
@@ -126,8 +130,9 @@ class PackedSummary:
                 part["bias"] + part["dense"] + part["other"],
             )
             texts = [human_bytes(count) if count else "" for count in columns]
-            table.add_row(escape(layer.record.path or "(root)"), *texts, f"{layer.bytes:,}")
-        rest = ["", "", "", ""]
+            place = escape(layer.record.path or "(root)")
+            table.add_row(place, _stored_as(layer.record), *texts, f"{layer.bytes:,}")
+        rest = ["", "", "", "", ""]
         table.add_row("rest", *rest, human_bytes(self.other_bytes), f"{self.other_bytes:,}")
         table.add_row("header", *rest, human_bytes(self.header_bytes), f"{self.header_bytes:,}")
         return table
@@ -145,6 +150,12 @@ class PackedSummary:
             ratio = "" if form == "butterfly" else f"{count / max(self.layer_bytes, 1):.2f}x"
             table.add_row(FORMS[form], f"{count:,}", human_bytes(count), ratio)
         return table
+
+
+def _stored_as(record: LayerRecord) -> str:
+    """Encodings in few letters: trits, angles, gains where there are some."""
+    gains = f", {record.gains} gains" if record.config["gains"] else ""
+    return f"{record.bits} bit, {record.angles}{gains}"
 
 
 class PackReport(PackedSummary):

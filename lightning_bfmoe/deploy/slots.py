@@ -138,3 +138,9 @@ def extra_states(model: nn.Module, without: Collection[nn.Module] = ()) -> dict[
 def has_extra_state(module: nn.Module) -> bool:
     """Whether the module's class keeps state besides its tensors."""
     return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a `torch.compile` wrapper, or the model itself."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner

@@ -9,6 +9,13 @@ from lightning_bfmoe.functional.butterfly import (
     num_stages,
     stage_pairs,
 )
+from lightning_bfmoe.functional.codes import (
+    code_bytes,
+    decode_codes,
+    encode_codes,
+    pack_nibbles,
+    unpack_nibbles,
+)
 from lightning_bfmoe.functional.noise import counter_noise
 from lightning_bfmoe.functional.outliers import (
     crest_factor,
@@ -48,12 +55,15 @@ __all__ = [
     "balance_step",
     "butterfly_matrix",
     "check_finite",
+    "code_bytes",
     "combine",
     "counter_noise",
     "crest_factor",
     "dead_experts",
+    "decode_codes",
     "dequantize_ternary",
     "dispatch",
+    "encode_codes",
     "excess_kurtosis",
     "expert_load",
     "group_by_expert",
@@ -66,6 +76,7 @@ __all__ = [
     "num_pairs",
     "num_stages",
     "outlier_moments",
+    "pack_nibbles",
     "pack_trits",
     "packed_size",
     "quantization_snr",
@@ -78,5 +89,6 @@ __all__ = [
     "tail_share",
     "ternarize",
     "unpack_trits",
+    "unpack_nibbles",
     "z_loss",
 ]

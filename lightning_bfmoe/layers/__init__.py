@@ -2,6 +2,7 @@
 
 from lightning_bfmoe.layers.activation import ACTIVATIONS, CUSTOM, Activation
 from lightning_bfmoe.layers.aux_loss import attach_loss
+from lightning_bfmoe.layers.coded import CodedNumbers, CodedRotation
 from lightning_bfmoe.layers.collect import (
     moe_layers,
     parameter_roles,
@@ -24,6 +25,8 @@ __all__ = [
     "ButterflyExperts",
     "ButterflyLinear",
     "ButterflyMoE",
+    "CodedNumbers",
+    "CodedRotation",
     "PackedSubstrate",
     "Rotation",
     "Routing",

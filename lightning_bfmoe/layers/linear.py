@@ -9,6 +9,7 @@ from lightning_bfmoe.functional.activation_quant import check_bits, quantize_act
 from lightning_bfmoe.functional.butterfly import apply_butterfly
 from lightning_bfmoe.functional.routing import ExpertGroups, group_by_expert
 from lightning_bfmoe.kernels import rotate
+from lightning_bfmoe.layers.coded import gain_values
 from lightning_bfmoe.layers.precision import KeepsFloat32
 from lightning_bfmoe.layers.rotation import Rotation
 from lightning_bfmoe.layers.substrate import PackedSubstrate, Substrate
@@ -39,7 +40,7 @@ class ButterflyLinear(KeepsFloat32):
     """
 
     substrate: Substrate | PackedSubstrate
-    gain_in: Tensor | None
+    gain_in: Tensor | None  # in a packed layer at 8 bit a `CodedNumbers`, see `gain_values`
     gain_out: Tensor | None
     bias: Tensor | None
 
@@ -85,14 +86,14 @@ class ButterflyLinear(KeepsFloat32):
     def forward(self, x: Tensor, groups: ExpertGroups) -> Tensor:
         """Rows (rows, d_in), sorted by expert, to (rows, d_out) in the dtype of `x`."""
         if self.gain_in is not None:
-            x = x * self.gain_in.to(x.dtype).index_select(0, groups.expert)
+            x = x * gain_values(self.gain_in).to(x.dtype).index_select(0, groups.expert)
         x = self.rotate_in(x, groups, inverse=True)  # (rows, d_in)
         if self.activation_bits is not None:
             x = quantize_activations(x, self.activation_bits, self.substrate.blend)
         y = F.linear(x, self.substrate.weight(x.dtype))  # (rows, d_out)
         y = self.rotate_out(y, groups)
         if self.gain_out is not None:
-            y = y * self.gain_out.to(y.dtype).index_select(0, groups.expert)
+            y = y * gain_values(self.gain_out).to(y.dtype).index_select(0, groups.expert)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
@@ -144,7 +145,8 @@ class ButterflyLinear(KeepsFloat32):
         weight = apply_butterfly(self.substrate.weight(), theta)  # T B(theta)^T: B on each row
         weight = apply_butterfly(weight.T, phi).T
         if self.gain_in is not None and self.gain_out is not None:
-            weight = self.gain_out[expert].unsqueeze(1) * weight * self.gain_in[expert]
+            left, right = gain_values(self.gain_out)[expert], gain_values(self.gain_in)[expert]
+            weight = left.unsqueeze(1) * weight * right
         return weight
 
     def extra_repr(self) -> str:

@@ -157,7 +157,7 @@ class PackedSubstrate(nn.Module):
     @torch.compiler.disable
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix diag(alpha) T in `dtype`, unpacked once and kept."""
-        key = (dtype, *_trace(self.packed), *_trace(self.alpha))
+        key = (dtype, *trace(self.packed), *trace(self.alpha))
         if self._cache is None or self._cache[0] != key:
             with torch.inference_mode(False):  # an inference tensor could not be reused in training
                 self._cache = (key, dequantize_ternary(*self.ternary(), dtype))
@@ -186,6 +186,6 @@ class PackedSubstrate(nn.Module):
         return f"{self.d_in} -> {self.d_out}, {self.bits} bit, {size} bytes"
 
 
-def _trace(tensor: Tensor) -> tuple[int, int]:
+def trace(tensor: Tensor) -> tuple[int, int]:
     """What changes when a tensor is replaced or written to in place."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_bfmoe.deploy.freeze import store_angles
+from lightning_bfmoe.deploy.coding import store_angles, wrap_angles
+from lightning_bfmoe.functional import decode_codes, encode_codes
 from lightning_bfmoe.layers import ButterflyMoE, Rotation, moe_layers, set_blend
 from lightning_bfmoe.layers.surgery import apply_replacement, replacement
 
@@ -67,16 +68,29 @@ def swap_by_hand(model, **settings):
     return model
 
 
-def rounded(model, dtype=torch.float16):
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+def rounded(model, angles="fp16", gains=None):
     """A copy at lambda 1 whose angles and gains hold what the file stores."""
+    gains = gains or ("fp32" if angles == "fp32" else "fp16")
+
+    def stored(values, encoding, offset):
+        if encoding in DTYPES:
+            store = values.to if offset else lambda dtype: store_angles(values, dtype)
+            return store(DTYPES[encoding]).float()
+        wide = values if offset else wrap_angles(values)
+        return decode_codes(*encode_codes(wide, int(encoding[3:]), offset), offset)
+
     model = copy.deepcopy(model).eval()
     set_blend(model, 1.0)
     for module in model.modules():
         if isinstance(module, Rotation):
-            module.angles.data = store_angles(module.angles.data, dtype).float()
+            module.angles.data = stored(module.angles.data, angles, 0.0)
         for name in ("gain_in", "gain_out"):
             if getattr(module, name, None) is not None:
-                getattr(module, name).data = getattr(module, name).data.to(dtype).float()
+                gain = getattr(module, name)
+                gain.data = stored(gain.data, gains, 1.0)
     return model
 
 

@@ -33,8 +33,17 @@ def reader():
     ],
 )
 @pytest.mark.parametrize(("d_model", "d_ff"), [(8, 32), (6, 10), (7, 9)])
-@pytest.mark.parametrize("bits", ["1.6", "2"])
-def test_the_numpy_reader_computes_the_same(settings, d_model, d_ff, bits, reader, file):
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"bits": "1.6"},
+        {"bits": "2", "angles": "fp32"},
+        {"angles": "int8", "gains": "int8"},
+        {"angles": "int4", "gains": "int8", "rest": "bf16"},
+    ],
+    ids=lambda stored: "-".join(stored.values()),
+)
+def test_the_numpy_reader_computes_the_same(settings, d_model, d_ff, stored, reader, file):
     settings = {"activation": "relu", **settings}
 
     def build():
@@ -42,11 +51,15 @@ def test_the_numpy_reader_computes_the_same(settings, d_model, d_ff, bits, reade
         with torch.no_grad():  # as trained: logits that differ, and a bias that decides
             layer.router.weight.mul_(20)
             layer.router.balance_bias.copy_(torch.tensor([0.3, -0.3, 0.1, 0.0]))
+            for name, parameter in layer.named_parameters():
+                if "gain" in name:
+                    parameter.add_(0.1 * torch.randn(parameter.shape))
         return nn.Sequential(layer)
 
-    pack(build(), file, bits=bits)
+    pack(build(), file, **stored)
     tensors, header = reader["read"](file)
     loaded = load_packed(file, build())
+    assert header["layers"][0]["config"]["gains"] == settings.get("gains", False)
     assert set(tensors) == {n for n in loaded.state_dict() if not n.endswith("_extra_state")}
     act = {
         "relu": lambda v: np.maximum(v, 0),
@@ -71,3 +84,11 @@ def test_the_page_names_every_field(file):
     assert {Header, LayerRecord} == {type(header), type(header.layers[0])}
     missing = [name for name in fields if f"`{name}`" not in DOC and f'"{name}"' not in DOC]
     assert missing == []
+
+
+def test_the_numpy_reader_reads_version_1(reader):
+    tensors, header = reader["read"](Path(__file__).parent / "data" / "version_1.bfmoe")
+    x = np.ones(4, np.float32)
+    y = reader["layer"](tensors, header["layers"][0], x, lambda v: np.maximum(v, 0))
+    assert y.shape == (4,)
+    assert np.isfinite(y).all()

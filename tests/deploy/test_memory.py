@@ -4,7 +4,7 @@ import io
 
 import pytest
 from rich.console import Console
-from torch import float32, nn
+from torch import nn
 
 from lightning_bfmoe.deploy import (
     DEVICES,
@@ -86,10 +86,47 @@ def test_the_plan_equals_the_packed_layer_byte_for_byte(
     assert report.layers[0].plan.bytes() == report.layer_bytes
 
 
+@pytest.mark.parametrize(("d_model", "d_ff", "settings"), LAYERS)
+@pytest.mark.parametrize("rest", ["keep", "bf16"])
+@pytest.mark.parametrize(
+    ("angles", "gains", "bits"),
+    [("fp32", None, (32, None)), ("fp32", "fp16", (32, 16)), ("int8", None, (8, None)),
+     ("int8", "int8", (8, 8)), ("int4", "int8", (4, 8)), ("fp16", "int8", (16, 8))],
+)  # fmt: skip
+def test_every_width_is_planned_byte_for_byte(
+    d_model, d_ff, settings, angles, gains, bits, rest, tmp_path
+):
+    model = nn.Sequential(ButterflyMoE(d_model, d_ff, 3, **settings))
+    report = pack(model, tmp_path / "m.bfmoe", angles=angles, gains=gains, rest=rest)
+    counted = {k: v for k, v in settings.items() if k != "activation"}
+    plan = plan_memory(
+        d_model, d_ff, 3, angle_bits=bits[0], gain_bits=bits[1],
+        router_bits=16 if rest == "bf16" else 32, **counted,
+    )  # fmt: skip
+    stored = dict(report.layers[0].parts)
+    stored["weights"] = stored.pop("dense", 0)
+    assert {k: v for k, v in plan.parts["butterfly"].items() if v} == {
+        k: v for k, v in stored.items() if v
+    }
+    assert report.layers[0].plan.parts == plan.parts
+    again = inspect_packed(tmp_path / "m.bfmoe")
+    assert again.layers == report.layers and "stored as" in text(again)
+
+
+def test_the_goal_for_a_large_layer():
+    def ratio(**settings):
+        return plan_memory(512, 2048, 256, **settings).ratio("moe_fp32")
+
+    assert ratio(router_bits=16) > 145
+    assert ratio(angle_bits=8) > 265
+    assert ratio(angle_bits=8, router_bits=16) > 275
+    assert ratio(angle_bits=4, router_bits=16) > 480
+
+
 def test_the_report_adds_up_to_the_file(tmp_path):
     path = tmp_path / "model.bfmoe"
     model = nn.Sequential(nn.Linear(8, 8), ButterflyMoE(8, 16, 4), ButterflyMoE(8, 16, 2))
-    report = pack(model, path, angle_dtype=float32)
+    report = pack(model, path, angles="fp32")
     assert report.file_bytes == path.stat().st_size
     assert report.other_bytes == 4 * (64 + 8)
     assert report.counted_bytes + report.header_bytes == report.file_bytes
@@ -136,6 +173,9 @@ def test_a_share_of_a_device():
         (lambda: plan_memory(8, 8.0, 2), "d_ff must be a count"),
         (lambda: plan_memory(8, 8, 2, 3), "top_k must be at most num_experts"),
         (lambda: plan_memory(8, 8, 2, trit_bits=1.58), "paper_convention"),
+        (lambda: plan_memory(8, 8, 2, angle_bits=6), "angle_bits must be one of"),
+        (lambda: plan_memory(8, 8, 2, gain_bits=4), "gain_bits must be one of"),
+        (lambda: plan_memory(8, 8, 2, router_bits=8), "router_bits must be one of"),
         (lambda: plan_memory(8, 8, 2, granularity="block"), "granularity must be one of"),
         (lambda: plan_memory(8, 8, 2, down="none"), "down must be one of"),
         (lambda: plan_memory(8, 8, 2, stages=0), "stages must be a count"),

@@ -111,7 +111,13 @@ def test_a_model_that_cannot_be_packed(change, match, file):
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
-    [({"bits": "1.58"}, "bits must be"), ({"angle_dtype": torch.bfloat16}, "angle_dtype must be")],
+    [
+        ({"bits": "1.58"}, "bits must be"),
+        ({"angles": "int2"}, "angles must be one of"),
+        ({"angles": torch.float16}, "angles must be one of"),
+        ({"gains": "int4"}, "gains must be one of"),
+        ({"rest": "fp8"}, "rest must be one of"),
+    ],
 )
 def test_settings_are_checked(arguments, match, file):
     with pytest.raises(ConfigError, match=match):

@@ -36,14 +36,14 @@ def tensors_of(model):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(s) or "default")
 @pytest.mark.parametrize("bits", ["1.6", "2"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("angles", ["fp16", "fp32", "int8", "int4"])
 def test_a_dense_model_becomes_the_packed_one(
-    settings, bits, dtype, dense, swapped, as_stored, ids, file, rng_untouched
+    settings, bits, angles, dense, swapped, as_stored, ids, file, rng_untouched
 ):
     state = torch.get_rng_state()
     model = swapped(**settings)
     torch.set_rng_state(state)
-    pack(model, file, bits=bits, angle_dtype=dtype)
+    pack(model, file, bits=bits, angles=angles)
     fresh = dense()
     torch.set_rng_state(state)
     loaded = load_packed(file, fresh)
@@ -51,7 +51,7 @@ def test_a_dense_model_becomes_the_packed_one(
     assert not loaded.training
 
     with torch.no_grad():
-        assert torch.equal(loaded(ids), as_stored(model, dtype)(ids))
+        assert torch.equal(loaded(ids), as_stored(model, angles)(ids))
     stored = load_file(file)
     found = tensors_of(loaded)
     for name, tensor in stored.items():

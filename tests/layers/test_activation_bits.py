@@ -57,7 +57,7 @@ def test_the_width_travels_with_the_settings():
 def test_a_packed_layer_rounds_too(tmp_path):
     trained = torch.nn.Sequential(layer(4).float())
     x = torch.randn(7, 16)
-    pack(trained, tmp_path / "model.bfmoe", angle_dtype=torch.float32)
+    pack(trained, tmp_path / "model.bfmoe", angles="fp32")
     packed = load_packed(tmp_path / "model.bfmoe", torch.nn.Sequential(layer(4).float()))
     with torch.no_grad():
         assert packed(x).equal(trained(x))

@@ -20,7 +20,7 @@ def test_the_width_reaches_every_form_of_the_model(tmp_path, bits):
     expected = module.eval()(x)
 
     trainer.save_checkpoint(tmp_path / "trained.ckpt")
-    pack(module, tmp_path / "trained.bfmoe", angle_dtype=torch.float32)
+    pack(module, tmp_path / "trained.bfmoe", angles="fp32")
     for other in (
         load_from_checkpoint(InInit, tmp_path / "trained.ckpt"),
         load_packed(tmp_path / "trained.bfmoe", InInit()),
