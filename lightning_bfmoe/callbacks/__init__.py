@@ -3,6 +3,7 @@
 from lightning_bfmoe.callbacks.angle_warmup import AngleWarmup
 from lightning_bfmoe.callbacks.butterfly_moe import ButterflyMoECallback
 from lightning_bfmoe.callbacks.outliers import ActivationOutliers
+from lightning_bfmoe.callbacks.packed_checkpoint import PackedCheckpoint
 from lightning_bfmoe.callbacks.router_balance import RouterBalance
 from lightning_bfmoe.callbacks.ternary_schedule import TernarySchedule
 from lightning_bfmoe.callbacks.usage import ExpertUsage
@@ -12,6 +13,7 @@ __all__ = [
     "AngleWarmup",
     "ButterflyMoECallback",
     "ExpertUsage",
+    "PackedCheckpoint",
     "RouterBalance",
     "TernarySchedule",
 ]

@@ -5,7 +5,7 @@ from lightning_bfmoe.deploy.format import read_packed
 from lightning_bfmoe.deploy.inspect import inspect_packed
 from lightning_bfmoe.deploy.load import load_packed
 from lightning_bfmoe.deploy.memory import MemoryPlan, experts_that_fit, plan_memory
-from lightning_bfmoe.deploy.pack import pack
+from lightning_bfmoe.deploy.pack import check_choices, pack
 from lightning_bfmoe.deploy.report import PackedSummary, PackReport
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "MemoryPlan",
     "PackReport",
     "PackedSummary",
+    "check_choices",
     "experts_that_fit",
     "inspect_packed",
     "load_packed",
