@@ -63,6 +63,8 @@ def launch_shape(log_d: int, irregular: int, backward: bool) -> Launch:
     # From two warps on partners are fetched through shared memory.
     spread = min(3 if backward or log_d == 9 else 4, log_d)
     warps = max(2**log_d >> (5 + spread), 1)
+    if warps == 16:  # 512 threads have 128 registers each; a higher bound would not launch
+        return Launch(spread, 1 if backward else 2, warps, 1)
     if backward:
         return Launch(spread, 2, warps, max(12 // warps, 1), 168)
     return Launch(spread, 4, warps, max(12 // warps, 1), 160)
