@@ -51,12 +51,10 @@ def merge(
 
 
 @jit
-def coefficients(p_stage, x1, D: constexpr, DERIVE: constexpr):
-    """(a, b) of a regular stage, each [1, 1, D / 2]; DERIVE computes b = sin from a = tan(half)."""
+def coefficients(p_stage, x1, D: constexpr):
+    """(a, b) of a regular stage, each [1, 1, D / 2]."""
     pair = columns_like(x1, D // 2)
-    a = gl.load(p_stage + pair)
-    b = 2.0 * a / (1.0 + a * a) if DERIVE else gl.load(p_stage + D // 2 + pair)
-    return a, b
+    return gl.load(p_stage + pair), gl.load(p_stage + D // 2 + pair)
 
 
 @jit

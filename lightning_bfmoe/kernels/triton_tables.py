@@ -3,7 +3,7 @@
 The table of an expert holds, one after the other,
 
 - for each regular stage a, then b of every pair (tan(theta / 2) and sin(theta) of the three
-  shears, or cos and sin of the definition), padded to 2^LOG_D / 2 pairs; a alone with DERIVE,
+  shears, or cos and sin of the definition), padded to 2^LOG_D / 2 pairs,
 - the sign of each column after the last regular stage,
 - for each irregular stage a factor of the column itself and one of its partner.
 
@@ -22,7 +22,6 @@ from lightning_bfmoe.kernels.triton_layout import (
     line,
     numbers,
     numbers_like,
-    signs_at,
     table_size,
 )
 
@@ -43,15 +42,18 @@ def _sign(flips):
 
 @jit
 def _pair_sign(
-    p_angles, stage, pair, mask,
-    PAIRS: constexpr, REGULAR: constexpr, DOWN: constexpr,
+    p_angles, stage, pair, mask, first, stop,
+    PAIRS: constexpr, DOWN: constexpr,
 ):  # fmt: skip
-    """The product of the signs that earlier stages of the walk left on both columns of a pair."""
+    """The product of the signs that earlier stages of the walk left on both columns of a pair.
+
+    All earlier stages lie in first .. stop-1.
+    """
     low = (1 << stage) - 1
     column = ((pair & ~low) << 1) | (pair & low)
     apart = (low + 1) >> (0 if DOWN else 1)  # of the pairs that hold the two in another stage
     flips = pair * 0
-    for other in gl.static_range(REGULAR):  # unrolled, so that all loads are under way together
+    for other in range(first, stop):
         p_theta = p_angles + other * PAIRS
         p_theta += ((column >> (other + 1)) << other) | (column & ((1 << other) - 1))
         earlier = mask & ((stage < other) if DOWN else (stage > other))
@@ -64,11 +66,23 @@ def _pair_sign(
 def _column_sign(p_angles, column, mask, PAIRS: constexpr, REGULAR: constexpr):
     """The product of the signs that all regular stages left on a column."""
     flips = column * 0
-    for stage in gl.static_range(REGULAR):
+    for stage in range(REGULAR):
         pair = ((column >> (stage + 1)) << stage) | (column & ((1 << stage) - 1))
         theta = gl.load(p_angles + stage * PAIRS + pair, mask=mask, other=0.0)
         flips ^= _half_turns(theta)
     return _sign(flips)
+
+
+@jit
+def _stages_before(block, PAIRS: constexpr, BLOCK: constexpr, REGULAR: constexpr, DOWN: constexpr):
+    """Bounds of the stages that the walk takes before those of a block of [stages, PAIRS]."""
+    first, stop = 0 * block, 0 * block + REGULAR
+    if PAIRS % BLOCK == 0:  # one stage a block
+        if DOWN:
+            first = block * BLOCK // PAIRS + 1
+        else:
+            stop = gl.minimum(block * BLOCK // PAIRS, REGULAR)
+    return first, stop
 
 
 @jit
@@ -87,7 +101,7 @@ def _count_before(p_counts, expert, experts, height, WARPS: constexpr):
 def prepare_kernel(
     p_angles, p_counts, p_partner, p_pair, p_table, p_plan, experts, height,
     WIDTH: constexpr, LOG_D: constexpr, REGULAR: constexpr, IRREGULAR: constexpr,
-    DOWN: constexpr, LIFT: constexpr, DERIVE: constexpr, BLOCK: constexpr, WARPS: constexpr,
+    DOWN: constexpr, LIFT: constexpr, BLOCK: constexpr, WARPS: constexpr,
 ):  # fmt: skip
     """Program (expert, block): a block of the expert's table; the first block also plans its rows.
 
@@ -97,7 +111,7 @@ def prepare_kernel(
     D: constexpr = 2**LOG_D
     expert, block = gl.program_id(0), gl.program_id(1)
     p_angles += expert.to(gl.int64) * ((REGULAR + IRREGULAR) * PAIRS)
-    p_table += expert.to(gl.int64) * table_size(LOG_D, REGULAR, IRREGULAR, DERIVE)
+    p_table += expert.to(gl.int64) * table_size(LOG_D, REGULAR, IRREGULAR)
     if block == 0:
         rows, tiles = _count_before(p_counts, expert, experts, height, WARPS)
         count = gl.load(p_counts + expert).to(gl.int32)
@@ -112,18 +126,18 @@ def prepare_kernel(
         inside = (item < REGULAR * (D // 2)) & (pair < PAIRS)
         theta = gl.load(p_angles + stage * PAIRS + pair, mask=inside, other=0.0)
         cos, sin = gl.cos(theta), direction * gl.sin(theta)
-        o, mask = stage * (D // 2 if DERIVE else D) + pair, item < REGULAR * (D // 2)
+        o, mask = stage * D + pair, item < REGULAR * (D // 2)
         if LIFT:
             sign = _sign(_half_turns(theta))
             cos, sin = cos * sign, sin * sign
-            sin *= _pair_sign(p_angles, stage, pair, inside, PAIRS, REGULAR, DOWN)
+            first, stop = _stages_before(block, D // 2, BLOCK, REGULAR, DOWN)
+            sin *= _pair_sign(p_angles, stage, pair, inside, first, stop, PAIRS, DOWN)
             gl.store(p_table + o, sin / gl.maximum(1.0 + cos, 1e-6), mask=mask)
         else:
             gl.store(p_table + o, cos, mask=mask)
-        if not DERIVE:
-            gl.store(p_table + o + D // 2, sin, mask=mask)
+        gl.store(p_table + o + D // 2, sin, mask=mask)
     item -= gl.cdiv(REGULAR * (D // 2), BLOCK) * BLOCK
-    p_table += signs_at(LOG_D, REGULAR, DERIVE)
+    p_table += REGULAR * D
     if LIFT:
         mask = (item >= 0) & (item < D)
         sign = _column_sign(p_angles, item, mask & (item < WIDTH), PAIRS, REGULAR)
@@ -175,7 +189,8 @@ def collect_kernel(
     if LIFT:
         stage, pair = item // PAIRS, item % PAIRS
         shear = mask & (stage < REGULAR)
-        total *= _pair_sign(p_angles, stage, pair, shear, PAIRS, REGULAR, DOWN)
+        first, stop = _stages_before(block, PAIRS, BLOCK, REGULAR, DOWN)
+        total *= _pair_sign(p_angles, stage, pair, shear, first, stop, PAIRS, DOWN)
     if not DOWN:  # the walk up undoes a rotation by -theta
         total = -total
     gl.store(p_dangles + expert.to(gl.int64) * SIZE + item, total, mask=mask)
