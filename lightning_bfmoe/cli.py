@@ -1,4 +1,4 @@
-"""The command `bfmoe`: demo, plan, inspect. Built on jsonargparse, as LightningCLI is."""
+"""The command `bfmoe`: demo, plan, inspect, pack, verify, run. Built on jsonargparse."""
 
 import sys
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lightning_bfmoe import __version__
+from lightning_bfmoe.cli_packed import import_name, pack, run, verify
 from lightning_bfmoe.errors import BFMoEError, CheckpointError, ConfigError
 
 
@@ -36,6 +37,8 @@ def plan(
     gated: bool = False,
     layers: int = 1,
     angle_bits: int = 16,
+    gain_bits: int | None = None,
+    router_bits: int = 32,
     trit_bits: float = 1.6,
     gains: bool = False,
     paper_convention: bool = False,
@@ -50,7 +53,9 @@ def plan(
         top_k: Experts that a token visits (no byte depends on it).
         gated: Three matrices (SwiGLU) instead of two.
         layers: Equal layers to add up.
-        angle_bits: Bits of a stored angle: 32, 16, or 8 and 4 for what-if questions.
+        angle_bits: Bits of a stored angle: 32, 16, 8 or 4.
+        gain_bits: Bits of a stored gain: 32, 16 or 8; left out: 16, or 32 beside angles of 32.
+        router_bits: 32, or 16 (`bfmoe pack --rest bf16`).
         trit_bits: 1.6 or 2.
         gains: Per-expert diagonal gains.
         paper_convention: Count as the paper does (one matrix, 1.58 bit, no router, no scales).
@@ -60,8 +65,9 @@ def plan(
     from lightning_bfmoe.deploy import experts_that_fit, plan_memory
 
     settings: dict[str, Any] = {
-        "gated": gated, "layers": layers, "angle_bits": angle_bits, "trit_bits": trit_bits,
-        "gains": gains, "paper_convention": paper_convention,
+        "gated": gated, "layers": layers, "angle_bits": angle_bits,
+        "gain_bits": gain_bits, "router_bits": router_bits, "trit_bits": trit_bits, "gains": gains,
+        "paper_convention": paper_convention,
     }  # fmt: skip
     console = Console()
     top_k = min(top_k, num_experts)  # no byte depends on it
@@ -90,7 +96,7 @@ def inspect(target: str, init: dict[str, Any] | None = None, num_experts: int = 
     elif ":" in target and not target.startswith((".", "/")):
         from lightning_bfmoe.swap import swap_feed_forward
 
-        model = _import(target)(**(init or {}))
+        model = import_name(target)(**(init or {}))
         console.print(swap_feed_forward(model, dry_run=True, num_experts=num_experts))
     else:
         raise ConfigError(
@@ -132,34 +138,33 @@ def _inspect_file(path: Path, console: Console) -> None:
             )
 
 
-def _import(path: str) -> Callable[..., Any]:
-    import importlib
-
-    module, _, name = path.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            "package.module:ClassName must be importable", got=path, fix=f"{error}."
-        ) from error
-    finally:
-        sys.path.pop(0)
-    return found
-
-
 def _run(arguments: list[str]) -> None:
     parser = ArgumentParser(prog="bfmoe", description="ButterflyMoE for PyTorch Lightning.")
-    commands: dict[str, Callable[..., None]] = {"demo": demo, "plan": plan, "inspect": inspect}
+    commands: dict[str, Callable[..., None]] = {
+        "demo": demo, "plan": plan, "inspect": inspect, "pack": pack, "verify": verify, "run": run,
+    }  # fmt: skip
     subcommands = parser.add_subcommands()
     for name, function in commands.items():
         own = ArgumentParser(description=(function.__doc__ or "").splitlines()[0])
-        own.add_function_arguments(function, as_positional=name == "inspect")
+        own.add_function_arguments(function, as_positional=name not in ("demo", "plan"))
         subcommands.add_subcommand(name, own, help=own.description)
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_args([_flag(argument) for argument in arguments])
     settings = chosen[chosen.subcommand].as_dict()
     settings.pop("config", None)
     commands[chosen.subcommand](**settings)
+
+
+def _flag(argument: str) -> str:
+    """``--force`` means ``--force=true``; ``--num-experts`` means ``--num_experts``."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    name = "--" + name[2:].replace("-", "_")
+    return (
+        f"{name}=true"
+        if name in ("--force", "--finalize") and not equals
+        else name + equals + value
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

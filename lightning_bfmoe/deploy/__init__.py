@@ -7,12 +7,14 @@ from lightning_bfmoe.deploy.load import load_packed
 from lightning_bfmoe.deploy.memory import MemoryPlan, experts_that_fit, plan_memory
 from lightning_bfmoe.deploy.pack import check_choices, pack
 from lightning_bfmoe.deploy.report import PackedSummary, PackReport
+from lightning_bfmoe.deploy.verify import Verified, verify_packed
 
 __all__ = [
     "DEVICES",
     "MemoryPlan",
     "PackReport",
     "PackedSummary",
+    "Verified",
     "check_choices",
     "experts_that_fit",
     "inspect_packed",
@@ -20,4 +22,5 @@ __all__ = [
     "pack",
     "plan_memory",
     "read_packed",
+    "verify_packed",
 ]
