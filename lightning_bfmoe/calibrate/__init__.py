@@ -1,6 +1,6 @@
 """Floor 3: closed forms that make new layers compute what trained blocks computed, from moments.
 
-It works on (new layer, dense block, moments) and knows no swap; `lightning_bfmoe.calibrated_swap`
+It works on (new layer, dense block, moments) and knows no swap; `lightning_bfmoe.calibrated`
 joins the two.
 """
 

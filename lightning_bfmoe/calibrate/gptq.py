@@ -78,11 +78,12 @@ def _factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
         damped = h.clone()
         damped.diagonal().add_(damping * level)
         order = torch.argsort(damped.diagonal(), descending=True, stable=True)
-        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
+        lower, failed = torch.linalg.cholesky_ex(damped[order.unsqueeze(1), order])
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            lower = torch.cholesky_inverse(lower)  # one name, so that each matrix goes in time
+            lower, failed = torch.linalg.cholesky_ex(lower, upper=True)
         if not failed:
-            return damped, upper, order
+            return damped, lower, order
         if damping >= 1:
             raise ShapeError(
                 "a second moment is positive semi-definite",

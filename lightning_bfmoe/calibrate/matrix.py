@@ -91,7 +91,9 @@ def fit_matrix_(
         c = column_equalizer(weight) if equalized else torch.ones_like(weight[0])
         angles = base_angles(linear.rotate_in, BASES[basis])
         flat = into_basis(weight / c, angles)
-        rotated = moment_in_basis(c.unsqueeze(1) * second * c, angles)
+        scaled = c.unsqueeze(1) * second * c if equalized else second
+        rotated = moment_in_basis(scaled, angles)
+        del scaled
         trits, alpha = gptq_ternary(
             flat, rotated, damping=recipe.damping, granularity=linear.substrate.granularity
         )

@@ -17,6 +17,7 @@ from lightning_bfmoe.calibrate.feed_forward import (
     fit_inputs_,
     fit_output_,
 )
+from lightning_bfmoe.calibrate.heap import return_free_memory
 from lightning_bfmoe.calibrate.moments import Moments
 from lightning_bfmoe.calibrate.observe import Watcher, observe
 from lightning_bfmoe.calibrate.progress import Progress
@@ -53,7 +54,8 @@ class _Work:
     """A job while its moments are held."""
 
     def __init__(self, job: Job, settings: Calibration) -> None:
-        self.job, self.settings, self.layer = job, settings, job.build()
+        self.job, self.settings = job, settings
+        self.layer: Layer | None = None  # built when its turn comes
         self.device = job.dense.up.device
         self.report = BlockFit(job.path)
         self.sample: list[Tensor] = []
@@ -90,23 +92,24 @@ class _Work:
                 got=f"{fit.count} and {held.count} at {self.job.path!r}",
                 fix="Give more batches.",
             )
-        self.report.choices = fit_inputs_(
-            self.layer, self.job.dense, fit, held, self.settings.recipe
-        )
-        if self.sample and isinstance(self.layer, ButterflyMoE):
-            router = self.layer.router
+        layer = self.layer = self.job.build()
+        self.report.choices = fit_inputs_(layer, self.job.dense, fit, held, self.settings.recipe)
+        if self.sample and isinstance(layer, ButterflyMoE):
+            router = layer.router
             router.weight.data.copy_(
                 router_weight(torch.cat(self.sample), router.num_experts, seed=0)
             )
         self.sample = []
-        self.hidden = degraded_hidden(self.layer)
+        self.hidden = degraded_hidden(layer)
         self.pair = self._moments(self.job.dense.up.shape[0], self.job.dense.down.shape[0])
 
     def fit_output(self) -> BlockFit:
         fit, held = self.pair
+        assert self.layer is not None
         choice, ridge = fit_output_(self.layer, self.job.dense, fit, held, self.settings.recipe)
         self.report.choices["down"], self.report.ridge = choice, ridge
         self.report.error, self.report.dead_units = choice.error, fit.dead()
+        self.job.done(self.layer)
         return self.report
 
 
@@ -146,27 +149,30 @@ def calibrate_layers(
         def run(watchers: dict[str, Watcher]) -> None:
             observe(model, batches, watchers, on_batch=progress.batch, **feed)
             report.passes += 1
+            return_free_memory()
 
         upcoming: list[_Work] = []
         for index, group in enumerate(groups):
             works = upcoming or [_Work(job, settings) for job in group]
             if not upcoming:
                 run({work.job.path: work.watch_input for work in works})
-            for work in works:
-                work.fit_inputs()
+            for at in range(len(works)):  # no name may outlive the loop and hold its moments
+                works[at].fit_inputs()
+                return_free_memory()
             upcoming = []
             if not settings.sequential and index + 1 < len(groups):
                 upcoming = [_Work(job, settings) for job in groups[index + 1]]
             watchers: dict[str, Watcher] = {w.job.path: w.watch_hidden for w in works}
             watchers.update({w.job.path: w.watch_input for w in upcoming})
             run(watchers)
-            for work in works:
-                report.blocks.append(work.fit_output())
+            watchers.clear()
+            fitted = []
+            while works:  # each one's moments go before the next one is fitted
+                fitted.append(works.pop(0).fit_output())
+                return_free_memory()
                 progress.block()
-            for work in works:
-                work.job.done(work.layer)
-            _warn_of_few(report.blocks[-len(works) :], works)
-            del works, watchers  # their moments go before the next ones come
+            report.blocks += fitted
+            _warn_of_few(fitted, group)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -190,11 +196,11 @@ def group_jobs(jobs: list[Job], budget: int, most: int | None) -> list[list[Job]
     return groups
 
 
-def _warn_of_few(blocks: list[BlockFit], works: list[_Work]) -> None:
+def _warn_of_few(blocks: list[BlockFit], jobs: list[Job]) -> None:
     few = [
-        (block, len(work.job.dense.up))
-        for block, work in zip(blocks, works, strict=True)
-        if block.tokens <= len(work.job.dense.up)
+        (block, len(job.dense.up))
+        for block, job in zip(blocks, jobs, strict=True)
+        if block.tokens <= len(job.dense.up)
     ]
     if few:
         block, units = few[0]

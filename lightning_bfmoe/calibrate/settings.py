@@ -75,7 +75,7 @@ class Calibration:
 
 
 def moment_bytes(settings: Mapping[str, int]) -> int:
-    """Bytes that one block's moments and mean expert take while it is calibrated.
+    """Bytes that one block's moments, mean expert and latents take while it is calibrated.
 
     Sums for the fit are double, for the judge float32.
 
@@ -84,4 +84,5 @@ def moment_bytes(settings: Mapping[str, int]) -> int:
     """
     d, f, out = settings["d_model"], settings["d_ff"], settings["d_out"]
     matrices = 2 if settings["gated"] else 1
-    return 12 * (d * d + f * f + out * f) + 4 * matrices * d * f
+    latents = matrices * d * f + out * f
+    return 12 * (d * d + f * f + out * f) + 4 * (matrices * d * f + latents)

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -26,6 +28,11 @@ def ids(count=10, rows=8, length=12, seed=5):
 
 def quiet(**changes):
     return Calibration(progress=False, **changes)
+
+
+def test_the_door_gives_the_function_however_it_was_reached():
+    code = "import lightning_bfmoe.calibrated, lightning_bfmoe as b; b.calibrated_swap.__name__"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(

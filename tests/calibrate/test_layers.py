@@ -177,7 +177,7 @@ def test_a_dense_output_matrix_is_refitted_and_not_rounded():
 
 def test_noise_is_never_more_than_the_layer_was_drawn_with():
     layer, _, _ = calibrated(False, Recipe(noise=0.5), angle_std=0.003)
-    spread = layer.experts.up.rotate_in.angles
+    spread = layer.experts.up.rotate_in.angles.detach()
     assert float((spread - spread.mean(0)).square().mean().sqrt()) < 0.004
 
 
