@@ -115,9 +115,10 @@ class PackedSummary:
 
     def _parts_table(self) -> Table:
         title = f"{escape(self.path.name)}: {self.file_bytes:,} bytes on disk ({self.library})"
+        for words in sorted({_stored_as(layer.record) for layer in self.layers}):
+            title += f"\nlayers stored as {words}"
         table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
         table.add_column("part", overflow="fold")
-        table.add_column("stored as", overflow="fold")
         for head in ("substrate", "angles", "gains", "router", "other", "bytes"):
             table.add_column(head, justify="right", no_wrap=True)
         for layer in self.layers:
@@ -130,9 +131,8 @@ class PackedSummary:
                 part["bias"] + part["dense"] + part["other"],
             )
             texts = [human_bytes(count) if count else "" for count in columns]
-            place = escape(layer.record.path or "(root)")
-            table.add_row(place, _stored_as(layer.record), *texts, f"{layer.bytes:,}")
-        rest = ["", "", "", "", ""]
+            table.add_row(escape(layer.record.path or "(root)"), *texts, f"{layer.bytes:,}")
+        rest = ["", "", "", ""]
         table.add_row("rest", *rest, human_bytes(self.other_bytes), f"{self.other_bytes:,}")
         table.add_row("header", *rest, human_bytes(self.header_bytes), f"{self.header_bytes:,}")
         return table
@@ -153,9 +153,9 @@ class PackedSummary:
 
 
 def _stored_as(record: LayerRecord) -> str:
-    """Encodings in few letters: trits, angles, gains where there are some."""
+    """Encodings in few words: trits, angles, router, gains where there are some."""
     gains = f", {record.gains} gains" if record.config["gains"] else ""
-    return f"{record.bits} bit, {record.angles}{gains}"
+    return f"{record.bits}-bit trits, {record.angles} angles, {record.router} router{gains}"
 
 
 class PackReport(PackedSummary):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from lightning_bfmoe import (
@@ -11,7 +12,8 @@ from lightning_bfmoe import (
     load_packed,
     pack,
 )
-from lightning_bfmoe.errors import CheckpointError, ConfigError
+from lightning_bfmoe.deploy import writer
+from lightning_bfmoe.errors import CheckpointError, ConfigError, PackedFileError
 from lightning_bfmoe.layers import moe_layers
 from lightning_bfmoe.plan import Plan
 from tests.lightning.modules import (
@@ -168,6 +170,32 @@ def test_a_new_training_keeps_the_files_of_an_older_one(tmp_path):
     fit(tmp_path, Scripted(), swapper(), again, epochs=1)
     assert again.last_path.name == "model-last-v1.bfmoe"
     assert (tmp_path / "packed" / "model-last.bfmoe").read_bytes() == before
+
+
+def test_only_rank_zero_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self: False))
+    packed = PackedCheckpoint(monitor="score", save_last=True)
+    fit(tmp_path, Scripted(), swapper(), packed)
+    assert packed.best_value == 1.0 and packed.report is None
+    assert names(tmp_path / "packed") == []
+
+
+def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch):
+    packed, written = PackedCheckpoint(), []
+
+    def full(tensor):
+        if packed.last_path is None:
+            return original(tensor)
+        written.append(packed.last_path.read_bytes())
+        raise OSError("disk full")
+
+    original = writer.tensor_bytes
+    monkeypatch.setattr(writer, "tensor_bytes", full)
+    with pytest.raises(PackedFileError, match="disk full"):
+        fit(tmp_path, Scripted(), swapper(), packed)
+    assert names(tmp_path / "packed") == ["model-last.bfmoe"]
+    assert packed.last_path.read_bytes() == written[0]
+    load_packed(packed.last_path, InInit())
 
 
 def test_an_average_is_what_is_packed(tmp_path):
