@@ -146,7 +146,8 @@ def test_rows_are_sampled_evenly_over_the_experts():
     assert len(site._sample(x[:10])) == 10 and len(site._sample(x[:11])) == 6
     assert site._sample(torch.zeros(2, 3, 4)).shape == (6, 4)
     site.active = True
-    site.record(rotation, (torch.zeros(0, 4),), torch.zeros(0, 4))  # an expert layer without a token
+    nothing = torch.zeros(0, 4)  # an expert layer without a token
+    site.record(rotation, (nothing,), nothing)
     assert site.moments.eq(0).all()
 
 
