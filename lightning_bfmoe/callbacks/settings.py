@@ -50,7 +50,9 @@ def resolve_patterns(patterns: str | Iterable[str] | None) -> str | list[str] | 
 def differing_settings(config: ButterflyMoEConfig, layer_settings: Mapping[str, Any]) -> list[str]:
     """What a layer that is there already has otherwise than the config asks for."""
     asked = config.to_dict()
-    compared = ("num_experts", "top_k", "gains", "stages", "scale", "granularity", "down")
+    compared = (
+        "num_experts", "top_k", "gains", "stages", "scale", "granularity", "down", "activation_bits",
+    )  # fmt: skip
     return [
         f"{name}={layer_settings[name]!r} (asked: {asked[name]!r})"
         for name in compared

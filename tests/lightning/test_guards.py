@@ -224,11 +224,18 @@ def test_two_callbacks_share_a_model_when_each_has_a_name(tmp_path):
     make_trainer(tmp_path, first, second).test(InInit(), Loader(), ckpt_path=tmp_path / "end.ckpt")
 
 
-def test_a_module_that_was_swapped_otherwise_keeps_its_layers_and_says_so(tmp_path):
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"num_experts": 16}, r"num_experts=4 \(asked: 16\)"),
+        ({"activation_bits": 8}, r"activation_bits=None \(asked: 8\)"),
+    ],
+)
+def test_a_module_that_was_swapped_otherwise_keeps_its_layers_and_says_so(asked, message, tmp_path):
     module = InInit()
     make_trainer(tmp_path, callback(), max_epochs=1).fit(module, Loader())
-    with pytest.warns(UserWarning, match=r"num_experts=4 \(asked: 16\)"):
-        make_trainer(tmp_path, callback(num_experts=16)).test(module, Loader(), verbose=False)
+    with pytest.warns(UserWarning, match=message):
+        make_trainer(tmp_path, callback(**asked)).test(module, Loader(), verbose=False)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
