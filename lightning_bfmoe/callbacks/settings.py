@@ -51,7 +51,8 @@ def differing_settings(config: ButterflyMoEConfig, layer_settings: Mapping[str, 
     """What a layer that is there already has otherwise than the config asks for."""
     asked = config.to_dict()
     compared = (
-        "num_experts", "top_k", "gains", "stages", "scale", "granularity", "down", "activation_bits",
+        "num_experts", "top_k", "gains", "stages", "scale", "granularity", "down",
+        "activation_bits",
     )  # fmt: skip
     return [
         f"{name}={layer_settings[name]!r} (asked: {asked[name]!r})"
