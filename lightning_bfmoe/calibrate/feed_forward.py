@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_bfmoe.calibrate.heap import return_free_memory
 from lightning_bfmoe.calibrate.matrix import MatrixChoice, Recipe, fit_matrix_, input_judge
 from lightning_bfmoe.calibrate.moments import Moments
 from lightning_bfmoe.calibrate.orbit import centre_weight
@@ -122,6 +123,7 @@ def fit_output_(
     wanted, ridge = dense.down.double(), None
     if recipe.refit:
         wanted, ridge = choose_refit(wanted, fit, held)
+        return_free_memory()
 
     def bias(matrix: Tensor) -> Tensor:
         return best_bias(matrix, fit) if has_bias else torch.zeros_like(fit.target_mean)

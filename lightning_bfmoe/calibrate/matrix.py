@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_bfmoe.calibrate.descend import descend_trits
 from lightning_bfmoe.calibrate.equalize import column_equalizer
 from lightning_bfmoe.calibrate.gptq import gptq_ternary
+from lightning_bfmoe.calibrate.heap import return_free_memory
 from lightning_bfmoe.calibrate.moments import Moments
 from lightning_bfmoe.calibrate.orbit import (
     BASES,
@@ -107,6 +108,8 @@ def fit_matrix_(
         tried[basis + (", equalised" if equalized else "")] = error
         if best is None or error < best[0]:
             best = (error, grid, dense, c, basis, equalized)
+        del rotated, flat, trits, alpha
+        return_free_memory()
     assert best is not None
     error, grid, dense, c, basis, equalized = best
     noise = min(recipe.noise, _spread(linear))

@@ -38,6 +38,7 @@ class SwapsByHand(Base):
 
     def configure_model(self):
         if self.net is None:
+            torch.manual_seed(1)  # Lightning may have seeded anew since the module was made
             self.net = make_net().double()
             swap_feed_forward(self.net, num_experts=4, balance_rate=0.01)
             shard(self)
