@@ -1,7 +1,7 @@
 """Time of one feed-forward layer, side by side: a training step and decoding.
 
     python benchmarks/speed.py --out benchmarks/results/speed.json --limit 500
-    python benchmarks/speed.py --device cpu --size small --out /tmp/speed.json
+    python benchmarks/speed.py --device cpu --size small --out outputs/speed.json
 
 A training step is forward, backward and AdamW of the layer alone, on random tokens. All competitors
 have the same width, the same hidden width and the same top-k; the dense network is k times as wide,
