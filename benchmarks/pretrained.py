@@ -231,7 +231,7 @@ def run_minilm(args: argparse.Namespace, save) -> None:
         now = embed()
         kept = torch.corrcoef(torch.stack([(e @ e.T).flatten() for e in (dense, now)]))[0, 1]
         cosine = float((dense * now).sum(dim=1).mean())
-        save(f"minilm {name}", {"cosine": cosine, "similarity_correlation": float(kept), **more})
+        save(name, {"cosine": cosine, "similarity_correlation": float(kept), **more})
 
     for scale in ("absmean", "lstsq") if "naive" in args.arms else ():
         report = swap_feed_forward(model, config_of(args, scale=scale))
@@ -295,7 +295,7 @@ def main() -> None:
         print(name, args.label, json.dumps(shown), flush=True)
         if args.out is not None:
             old = json.loads(args.out.read_text()) if args.out.exists() else {"arms": {}}
-            key = " ".join(filter(None, (args.model if name == "dense" else "", name, args.label)))
+            key = " ".join(filter(None, (args.model, name, args.label)))
             entry = {**copy.deepcopy(row), "settings": settings, "environment": environment()}
             old["arms"][key] = entry
             args.out.write_text(json.dumps(old, indent=1) + "\n")
