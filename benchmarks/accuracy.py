@@ -64,9 +64,12 @@ def size_of(options: argparse.Namespace) -> dict[str, int]:
     return {**size, "steps": options.steps} if options.steps else size
 
 
-def work(options: argparse.Namespace, tasks: Any, results: Any) -> None:
-    """A process that trains one model after another."""
+def work(options: argparse.Namespace, index: int, tasks: Any, results: Any) -> None:
+    """A process that trains one model after another; process i uses GPU i mod their number."""
     import torch
+
+    if count := torch.cuda.device_count():
+        torch.cuda.set_device(index % count)
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
@@ -128,8 +131,8 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         self.tasks, self.results = context.Queue(), context.Queue()
         self.processes = [
-            context.Process(target=work, args=(options, self.tasks, self.results), daemon=True)
-            for _ in range(options.workers)
+            context.Process(target=work, args=(options, i, self.tasks, self.results), daemon=True)
+            for i in range(options.workers)
         ]
 
     def finish(self, todo: list[tuple[str, str, int]]) -> None:

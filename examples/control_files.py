@@ -16,10 +16,10 @@ from lightning_bfmoe.functional.packing import pack_trits, packed_size, unpack_t
 from lightning_bfmoe.functional.ternary import ternarize
 
 
-def ternary_names(model: nn.Module) -> set[str]:
-    """State-dict names of the matrices that are stored ternary."""
+def ternary_names(model: nn.Module) -> dict[str, str]:
+    """State-dict names of the matrices that are stored ternary, and their kind of scale."""
     return {
-        f"{prefix}.{name}".removeprefix(".")
+        f"{prefix}.{name}".removeprefix("."): module.scale
         for prefix, module in model.named_modules()
         if isinstance(module, TernaryFeedForward) or getattr(module, "ternary", False)
         for name in ("up", "down")
@@ -61,7 +61,7 @@ def write_model(model: nn.Module, path: Path) -> int:
     for name, parameter in model.named_parameters():
         value = parameter.detach()
         if name in names:
-            trits, alpha = ternarize(value.flatten(0, -2))
+            trits, alpha = ternarize(value.flatten(0, -2), names[name])
             tensors[f"{name}.trits"] = pack_trits(trits)
             tensors[f"{name}.scale"] = alpha
         else:

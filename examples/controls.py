@@ -25,11 +25,12 @@ class TernaryFeedForward(nn.Module):
 
     Args:
         dense: The block to start from; its weights are copied.
+        scale: Ternary scale, see `lightning_bfmoe.functional.ternary.ternarize`.
     """
 
-    def __init__(self, dense: FeedForward) -> None:
+    def __init__(self, dense: FeedForward, scale: str = "lstsq") -> None:
         super().__init__()
-        self.blend = 0.0
+        self.blend, self.scale = 0.0, scale
         self.act = dense.act
         self.up = nn.Parameter(dense.expand.weight.detach().clone())  # [hidden, width]
         self.up_bias = nn.Parameter(dense.expand.bias.detach().clone())
@@ -38,8 +39,8 @@ class TernaryFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., width]`` -> same."""
-        up = _weight(self.up, self.blend)
-        down = _weight(self.down, self.blend)
+        up = _weight(self.up, self.blend, self.scale)
+        down = _weight(self.down, self.blend, self.scale)
         return F.linear(self.act(F.linear(x, up, self.up_bias)), down, self.down_bias)
 
 
@@ -57,6 +58,7 @@ class StandardMoE(nn.Module):
         ternary: Make the experts' matrices ternary as ``blend`` goes from 0 to 1.
         all_tokens: Compute every expert on every token and multiply by the weight, 0 where it was
             not chosen: the same sum by more arithmetic, faster on a GPU for small models.
+        scale: Ternary scale, see `lightning_bfmoe.functional.ternary.ternarize`.
         seed: Seed of the router's start, N(0, 0.02^2).
 
     Source: upcycling arXiv 2212.05055; balance loss arXiv 2101.03961, eq. 4-6, for k > 1.
@@ -70,12 +72,13 @@ class StandardMoE(nn.Module):
         *,
         ternary: bool = False,
         all_tokens: bool = False,
+        scale: str = "lstsq",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.num_experts, self.top_k, self.ternary = num_experts, top_k, ternary
         self.all_tokens = all_tokens
-        self.blend = 0.0
+        self.blend, self.scale = 0.0, scale
         self.act = dense.act
         self.balance_loss = torch.zeros(())
         self.load = torch.zeros(num_experts, dtype=torch.int64)
@@ -99,7 +102,8 @@ class StandardMoE(nn.Module):
         self.balance_loss = self._balance(logits.softmax(dim=-1), chosen)
         blend = self.blend if self.ternary else 0.0
         # unbind, not an index per expert: its gradient is one stack instead of many full zeros
-        up, down = _weight(self.up, blend).unbind(), _weight(self.down, blend).unbind()
+        up = _weight(self.up, blend, self.scale).unbind()
+        down = _weight(self.down, blend, self.scale).unbind()
         up_bias, down_bias = self.up_bias.unbind(), self.down_bias.unbind()
         gates = torch.zeros_like(logits).scatter(1, chosen, weights.to(logits.dtype))
         out = torch.zeros_like(tokens)
@@ -150,8 +154,8 @@ def set_blend(model: nn.Module, blend: float) -> None:
         module.blend = blend
 
 
-def _weight(latent: Tensor, blend: float) -> Tensor:
+def _weight(latent: Tensor, blend: float, scale: str) -> Tensor:
     """Latent weights, blended towards their ternary form; ``[..., d_out, d_in]`` -> same."""
     if blend == 0:
         return latent
-    return quantize_ternary(latent.flatten(0, -2), blend).view_as(latent)
+    return quantize_ternary(latent.flatten(0, -2), blend, scale).view_as(latent)

@@ -1,5 +1,6 @@
 """What is compared: name -> how the feed-forward blocks of a GPT are made."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,12 +28,14 @@ class Run:
         angles: "learned"; or "frozen" at their start, "hadamard" (pi/4) or "identity" (0), the
             last three controls that are never learned.
         balance_loss: The control needs the Switch loss in its training step.
+        plan: When a control's weights become ternary.
     """
 
     block: Callable[[FeedForward], nn.Module] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     angles: str = "learned"
     balance_loss: bool = False
+    plan: Plan = Plan()
 
 
 def dense(block: FeedForward) -> FeedForward:
@@ -54,7 +57,11 @@ def fresh_block(width: int, hidden: int, std: float | None = None) -> FeedForwar
 
 
 def control(
-    make: Callable[[FeedForward], nn.Module], fresh: bool, std: float | None = None, budget: int = 0
+    make: Callable[[FeedForward], nn.Module],
+    fresh: bool,
+    std: float | None = None,
+    budget: int = 0,
+    plan: Plan = Plan(),  # noqa: B008 (frozen)
 ) -> Run:
     """A block without experts; drawn anew when `fresh`, and as wide as `budget` bytes allow."""
 
@@ -66,17 +73,24 @@ def control(
             hidden += math.floor((budget - narrow) * hidden / (double - narrow))
         return make(fresh_block(width, hidden, std) if fresh else block)
 
-    return Run(build)
+    return Run(build, plan=plan)
 
 
 def standard(
-    experts: int, top_k: int, *, ternary: bool = False, fresh: bool = True, std: float | None = None
+    experts: int,
+    top_k: int,
+    *,
+    ternary: bool = False,
+    fresh: bool = True,
+    std: float | None = None,
+    scale: str = "lstsq",
+    plan: Plan = Plan(),  # noqa: B008 (frozen)
 ) -> Run:
     """A mixture of independent experts: drawn independently, or copies of a trained block."""
 
     def make(block: FeedForward) -> StandardMoE:
         on_gpu = torch.cuda.is_available()
-        moe = StandardMoE(block, experts, top_k, ternary=ternary, all_tokens=on_gpu)
+        moe = StandardMoE(block, experts, top_k, ternary=ternary, all_tokens=on_gpu, scale=scale)
         if fresh:
             generator = torch.Generator().manual_seed(experts)
             with torch.no_grad():
@@ -85,7 +99,7 @@ def standard(
                     weight.copy_((std or weight.shape[-1] ** -0.5) * noise)
         return moe
 
-    return Run(make, balance_loss=True)
+    return Run(make, balance_loss=True, plan=plan)
 
 
 def butterfly(num_experts: int, top_k: int, *, angles: str = "learned", **settings: Any) -> Run:
@@ -142,10 +156,19 @@ def candidates(mode: str) -> dict[str, Run]:
     """Candidates for the defaults; judged on the tuning split only."""
     start = {"init": "scratch"} if mode == "scratch" else {}
     fresh = mode == "scratch"
+    absmean = functools.partial(TernaryFeedForward, scale="absmean")
     table = {
         "dense": control(dense, fresh),
         "ternary dense": control(TernaryFeedForward, fresh),
         "ternary standard 8 top-4": standard(8, 4, ternary=True, fresh=fresh),
+        "ternary dense, absmean": control(absmean, fresh),
+        "ternary dense, absmean, always 1": control(absmean, fresh, plan=ALWAYS),
+        "ternary standard 8 top-4, absmean": standard(
+            8, 4, ternary=True, fresh=fresh, scale="absmean"
+        ),
+        "ternary standard 8 top-4, absmean, always 1": standard(
+            8, 4, ternary=True, fresh=fresh, scale="absmean", plan=ALWAYS
+        ),
     }
     if fresh:
         table |= {
@@ -176,4 +199,16 @@ def candidates(mode: str) -> dict[str, Run]:
         variant("prototype", scale="absmean", plan=ALWAYS, **switch)
         variant("prototype gains", scale="absmean", plan=ALWAYS, gains=True, **switch)
         variant("switch gains", gains=True, **switch)
+        variant("switch gains always 1", gains=True, plan=ALWAYS, **switch)
+        variant("absmean", scale="absmean")
+        variant("absmean always 1", scale="absmean", plan=ALWAYS)
+        variant("absmean switch", scale="absmean", **switch)
+        variant("absmean balance 0.01", scale="absmean", balance_rate=1e-2)
+        variant("absmean std 1.0", scale="absmean", angle_std=1.0)
+        variant("absmean lr x10", scale="absmean", angle_lr_factor=10.0)
+        variant("absmean lr x5", scale="absmean", **slow)
+        variant("prototype tensor", scale="absmean", granularity="tensor", plan=ALWAYS, **switch)
+        variant("prototype gains", n=256, scale="absmean", plan=ALWAYS, gains=True, **switch)
+        variant("absmean switch", n=256, scale="absmean", **switch)
+        variant("absmean balance 0.01", n=256, scale="absmean", balance_rate=1e-2)
     return table

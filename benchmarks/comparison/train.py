@@ -19,7 +19,6 @@ from examples.gpt import GPT
 from examples.watch import BlendRamp
 from lightning_bfmoe import ButterflyMoECallback, pack
 from lightning_bfmoe.layers import Rotation, moe_layers
-from lightning_bfmoe.plan import Plan
 
 SIZES = {
     "tiny": {"width": 64, "depth": 2, "context": 64, "batch": 16, "steps": 60, "judge": 20_000},
@@ -85,14 +84,15 @@ def train_one(
     if run.block is not None:
         for block in model.blocks:
             block.mlp = run.block(block.mlp)
-        callbacks.append(BlendRamp(Plan()))
+        callbacks.append(BlendRamp(run.plan))
     else:
         callbacks.append(ButterflyMoECallback(verbose=False, seed=seed, **run.settings))
         if run.angles != "learned":
             callbacks.append(FixAngles(run.angles))
     gpu = torch.cuda.is_available()
     trainer = L.Trainer(
-        max_epochs=1, accelerator="gpu" if gpu else "cpu", devices=1, logger=False,
+        max_epochs=1, accelerator="gpu" if gpu else "cpu", logger=False,
+        devices=[torch.cuda.current_device()] if gpu else 1,
         precision="bf16-mixed" if gpu else "32-true", enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
         gradient_clip_val=1.0,

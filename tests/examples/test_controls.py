@@ -165,9 +165,21 @@ def test_a_file_gives_the_model_back(tmp_path, kind):
 
 
 def test_names_of_ternary_matrices():
-    assert ternary_names(small_gpt("moe")) == set()
+    assert ternary_names(small_gpt("moe")) == {}
     assert len(ternary_names(small_gpt("ternary moe"))) == 4
-    assert ternary_names(TernaryFeedForward(FeedForward(4, 8))) == {"up", "down"}
+    for scale in ("lstsq", "absmean"):
+        block = TernaryFeedForward(FeedForward(4, 8), scale)
+        assert ternary_names(block) == {"up": scale, "down": scale}
+
+
+@pytest.mark.parametrize("scale", ["lstsq", "absmean"])
+def test_a_file_holds_the_function_of_its_own_scale(scale, tmp_path):
+    torch.manual_seed(0)
+    block, x = TernaryFeedForward(FeedForward(8, 16), scale), torch.randn(5, 8)
+    block.blend = 1.0
+    write_model(block, tmp_path / "block")
+    copy = read_model(TernaryFeedForward(FeedForward(8, 16)), tmp_path / "block")
+    torch.testing.assert_close(copy(x), block(x))
 
 
 @pytest.mark.parametrize("ternary", [False, True])
