@@ -112,14 +112,15 @@ def reported(mode: str, budget: int) -> dict[str, Run]:
     fresh = mode == "scratch"
     start = {"init": "scratch"} if fresh else {}
     switch = {"switch_weight": 0.01, "balance_rate": 0.0}
+    ternary = functools.partial(TernaryFeedForward, scale="absmean")
     table = {
         "dense": control(dense, fresh),
-        "ternary dense": control(TernaryFeedForward, fresh),
+        "ternary dense": control(ternary, fresh),
         "standard 8 top-2": standard(8, 2, fresh=fresh),
         "standard 8 top-4": standard(8, 4, fresh=fresh),
-        "ternary standard 3 top-2": standard(3, 2, ternary=True, fresh=fresh),
-        "ternary standard 8 top-2": standard(8, 2, ternary=True, fresh=fresh),
-        "ternary standard 8 top-4": standard(8, 4, ternary=True, fresh=fresh),
+        "ternary standard 3 top-2": standard(3, 2, ternary=True, fresh=fresh, scale="absmean"),
+        "ternary standard 8 top-2": standard(8, 2, ternary=True, fresh=fresh, scale="absmean"),
+        "ternary standard 8 top-4": standard(8, 4, ternary=True, fresh=fresh, scale="absmean"),
         "butterfly 8 top-2": butterfly(8, 2, **start),
         "butterfly 8 top-4": butterfly(8, 4, **start),
         "butterfly 64 top-2": butterfly(64, 2, **start),
@@ -131,10 +132,8 @@ def reported(mode: str, budget: int) -> dict[str, Run]:
     }
     if fresh:
         table |= {
-            "ternary dense, bytes of butterfly 8": control(
-                TernaryFeedForward, fresh, budget=budget
-            ),
-            "ternary standard 16 top-4": standard(16, 4, ternary=True),
+            "ternary dense, bytes of butterfly 8": control(ternary, fresh, budget=budget),
+            "ternary standard 16 top-4": standard(16, 4, ternary=True, scale="absmean"),
             "butterfly 8 top-2, gains": butterfly(8, 2, gains=True, **start),
             "butterfly 8 top-2, frozen random angles": butterfly(8, 2, angles="frozen", **start),
             "butterfly 8 top-2, frozen Hadamard": butterfly(8, 2, angles="hadamard", **start),
@@ -207,8 +206,18 @@ def candidates(mode: str) -> dict[str, Run]:
         variant("absmean std 1.0", scale="absmean", angle_std=1.0)
         variant("absmean lr x10", scale="absmean", angle_lr_factor=10.0)
         variant("absmean lr x5", scale="absmean", **slow)
-        variant("prototype tensor", scale="absmean", granularity="tensor", plan=ALWAYS, **switch)
-        variant("prototype gains", n=256, scale="absmean", plan=ALWAYS, gains=True, **switch)
-        variant("absmean switch", n=256, scale="absmean", **switch)
-        variant("absmean balance 0.01", n=256, scale="absmean", balance_rate=1e-2)
+        now = {"scale": "absmean", "plan": ALWAYS}
+        half = {"angle_lr_factor": 10.0}
+        variant("absmean always 1 lr x10", **now, **half)
+        variant("absmean always 1 gains", gains=True, **now)
+        variant("absmean always 1 lr x10 gains", gains=True, **now, **half)
+        variant("absmean always 1 balance 0.01", balance_rate=1e-2, **now)
+        variant("absmean always 1 lr x10 balance 0.01", balance_rate=1e-2, **now, **half)
+        if experts == 64:
+            variant("absmean always 1 balance 0.01", n=256, balance_rate=1e-2, **now)
+            variant("absmean always 1 lr x10", n=256, **now, **half)
+            variant("absmean always 1 lr x10 switch", n=256, **switch, **now, **half)
+            variant("prototype gains", n=256, gains=True, **now, **switch)
+            variant("absmean switch", n=256, scale="absmean", **switch)
+            variant("absmean balance 0.01", n=256, scale="absmean", balance_rate=1e-2)
     return table
