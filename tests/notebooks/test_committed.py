@@ -1,0 +1,154 @@
+"""The committed notebooks are what their sources say, and show it without a kernel."""
+
+import re
+import shutil
+
+import nbformat
+import pytest
+
+from notebooks import checks
+from notebooks.build import FOLDER, SOURCES, clean, read_source, sources, target
+
+ALL = sources()
+BY_NAME = {"argvalues": ALL, "ids": [path.stem for path in ALL]}
+LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
+
+
+@pytest.mark.parametrize("source", **BY_NAME)
+def test_is_in_order(source):
+    assert checks.problems(source, target(source)) == []
+
+
+@pytest.mark.parametrize("source", **BY_NAME)
+def test_every_link_leads_to_a_file(source):
+    text = "\n".join(cell.source for cell in read_source(source).cells)
+    targets = [link.partition("#")[0] for link in LINK.findall(text)]
+    assert [link for link in targets if not (FOLDER / link).exists()] == []
+
+
+def test_every_notebook_has_a_source():
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == {path.stem for path in ALL}
+    assert sorted(SOURCES.glob("*.py")) == ALL
+
+
+def test_all_begin_with_the_same_setup():
+    cells = {next(c.source for c in read_source(s).cells if c.cell_type == "code") for s in ALL}
+    assert len(cells) == 1
+
+
+def notebook(*cells):
+    """A built notebook of code cells: (source, outputs)."""
+    built = nbformat.v4.new_notebook()
+    for number, (source, outputs) in enumerate(cells, start=1):
+        cell = nbformat.v4.new_code_cell(source, outputs=outputs, execution_count=number)
+        built.cells.append(cell)
+    return clean(built)
+
+
+PICTURE = nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="})
+SLIDER = {"text/plain": "IntSlider()", checks.WIDGET_VIEW: {"model_id": "1"}}
+FAILED = nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])
+ALL_WELL = [("x = 1", [PICTURE])]
+
+
+def test_a_notebook_in_order_passes():
+    built = notebook(*ALL_WELL)
+    assert (
+        checks.bad_outputs(built) + checks.stored_state(built) + checks.machine_traces(built) == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("check", "cells", "problem"),
+    [
+        (checks.bad_outputs, [("x", [FAILED, PICTURE])], "cell 0 failed"),
+        (checks.bad_outputs, [("x", [])], "no picture is stored"),
+        (
+            checks.machine_traces,
+            [("x", [nbformat.v4.new_output("stream", text="in /home/me/x")])],
+            "'/home/me'",
+        ),
+        (
+            checks.machine_traces,
+            [
+                (
+                    "x",
+                    [
+                        nbformat.v4.new_output(
+                            "display_data", {"text/plain": "<f at 0x7f0011223344>"}
+                        )
+                    ],
+                )
+            ],
+            "at 0x7f",
+        ),
+    ],
+)
+def test_a_check_sees(check, cells, problem):
+    (found,) = check(notebook(*cells))
+    assert problem in found
+
+
+def test_a_cell_that_was_not_executed_is_seen():
+    built = notebook(*ALL_WELL)
+    built.cells[0].execution_count = None
+    assert any("not executed" in found for found in checks.bad_outputs(built))
+
+
+def test_a_widget_leaves_a_picture_or_is_reported():
+    slider = nbformat.v4.new_output("display_data", dict(SLIDER))
+    built = notebook(*ALL_WELL, ("slider", [slider]))
+    assert built.cells[1].outputs == [], "a bare slider shows nothing without a kernel"
+    built.cells[1].metadata.tags = ["widget"]
+    assert any("tagged widget" in found for found in checks.bad_outputs(built))
+    both = nbformat.v4.new_output("display_data", {**SLIDER, "image/png": "iVBORw0KGgo="})
+    kept = notebook(("explorer", [both])).cells[0].outputs[0]
+    assert set(kept.data) == {"text/plain", "image/png"}
+
+
+def test_stored_state_is_seen():
+    built = notebook(*ALL_WELL)
+    built.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {}}
+    built.cells[0].metadata["execution"] = {"iopub.status.busy": "2026-01-01"}
+    assert len(checks.stored_state(built)) == 2
+
+
+def test_drift_is_seen():
+    fresh, built = notebook(("a = 1", []), ("b = 2", [])), notebook(("a = 1", []), ("b = 3", []))
+    assert checks.drift(fresh, built) == ["cell 1 differs from the source: run make notebooks"]
+    assert checks.drift(fresh, notebook(("a = 1", [])))[0].startswith("cell 1 differs")
+    assert checks.drift(fresh, fresh) == []
+
+
+def test_a_missing_or_large_notebook_is_seen(tmp_path):
+    source, copy = ALL[0], tmp_path / "copy.ipynb"
+    assert "not built" in checks.problems(source, copy)[0]
+    shutil.copy(target(source), copy)
+    with copy.open("a") as file:
+        file.write(" " * checks.MAX_BYTES)
+    assert "MB, more than" in checks.too_large(copy)[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("class A(nn.Module): ...", True),
+        ("class A(torch.nn.Module, Mixin): ...", True),
+        ("class A(ButterflyMoE): ...", True),
+        ("class A(torch.autograd.Function): ...", True),
+        ("class A(L.LightningModule): ...\nclass B(L.Callback): ...\nclass C: ...", False),
+    ],
+)
+def test_a_layer_of_its_own_is_seen(code, wrong):
+    assert bool(checks.own_layers(code)) is wrong
+
+
+def test_the_frame_is_checked():
+    built = notebook(("print(1)", [PICTURE]))
+    assert len(checks.bad_frame(built, "00_x")) == 4
+
+
+def test_colours_and_overwritten_lines_go():
+    text = "step 1\rstep 2\n\x1b[31mred\x1b[0m\n"
+    built = notebook(("x", [nbformat.v4.new_output("stream", text=text)]))
+    assert built.cells[0].outputs[0].text == "step 2\nred\n"
