@@ -5,38 +5,17 @@
 // never stored. Sums of angle gradients are formed in double, in an order that depends only on the
 // number of threads.
 
-#include <algorithm>
+#include "rotate.h"
+
 #include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <system_error>
-#include <thread>
+#include <cstring>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "common.h"
 
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
+namespace bfmoe {
 namespace {
-
-// The network of one width: see stages.inc. Slot i of a deck holds coordinate deck[i].
-struct Plan {
-  int64_t d, stages, pitch;
-  bool sorted;                         // the deck is back in order after the last stage
-  std::unique_ptr<int32_t[]> deck;     // after the last stage
-  std::unique_ptr<int32_t[]> place;    // the inverse: coordinate -> slot
-  std::unique_ptr<int32_t[]> angle;    // (stages, pairs): index of the angle of each neighbour pair
-  std::unique_ptr<int8_t[]> flipped;   // the pair's larger coordinate lies in the left slot
-};
 
 // Cosine and sine of one expert in deck order, (stages, pairs).
 template <typename T>
@@ -47,60 +26,50 @@ struct Table {
 constexpr int kBlock = 2;            // rows rotated together, which share each load of a cosine
 constexpr int64_t kTableRows = 8;  // building an expert's table costs about as much as these rows
 constexpr int64_t kFlush = 64;  // rows summed in T before they go to the sums in double
+constexpr int64_t kNaturalRows = 4;  // of one expert: with more, its table is worth building
 
 }  // namespace
+}  // namespace bfmoe
+
+using namespace bfmoe;
 
 #define INLINE TARGET static inline __attribute__((always_inline))
 #define TARGET
 #define LEVEL base
 #define BYTES 16
 #include "stages.inc"
+#include "natural.inc"
 #undef TARGET
 #undef LEVEL
 #undef BYTES
 
 #if defined(__x86_64__)
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET TARGET_AVX2
 #define LEVEL avx2
 #define BYTES 32
 #include "stages.inc"
+#include "natural.inc"
 #undef TARGET
 #undef LEVEL
 #undef BYTES
-#define TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
+#define TARGET TARGET_AVX512
 #define LEVEL avx512
 #define BYTES 64
 #include "stages.inc"
+#include "natural.inc"
 #undef TARGET
 #undef LEVEL
 #undef BYTES
 #endif
-
-namespace {
-
-int level() {
-#if defined(__x86_64__)
-  static const int found = [] {
-    __builtin_cpu_init();
-    int best = 0;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = 1;
-    if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
-      best = 2;
-    const char* limit = std::getenv("BFMOE_CPU_LEVEL");  // for tests: 0 base, 1 AVX2, 2 AVX-512
-    return limit ? std::min(best, std::atoi(limit)) : best;
-  }();
-  return found;
-#else
-  return 0;
-#endif
-}
 
 #if defined(__x86_64__)
 #define AT_BEST_LEVEL(call) (level() == 2 ? avx512::call : level() == 1 ? avx2::call : base::call)
 #else
 #define AT_BEST_LEVEL(call) (base::call)
 #endif
+
+namespace bfmoe {
+namespace {
 
 void cos_sin_of(const float* angle, float* cosine, float* sine, int64_t n) {
   AT_BEST_LEVEL(cos_sin(angle, cosine, sine, n));
@@ -141,6 +110,7 @@ std::unique_ptr<Plan> make_plan(int64_t d, int64_t stages) {
     deck.swap(next);
   }
   plan->sorted = std::is_sorted(deck.begin(), deck.end());
+  plan->natural = d >= 2 && (d & (d - 1)) == 0 && stages < 63 && (int64_t(1) << stages) <= d;
   for (int64_t i = 0; i < d; ++i) plan->deck[i] = deck[i], plan->place[deck[i]] = i;
   return plan;
 }
@@ -154,20 +124,29 @@ struct Desk {
   std::vector<double> sum;
 
   Desk(const Plan& p, bool gradients)
-      : plan(p), size(p.stages * (p.d / 2)), table(new T[3 * size]),
+      : plan(p), size(p.stages * (p.d / 2)),
         scratch(new T[(gradients ? 4 : 2) * kBlock * p.pitch]),
         turned(gradients ? new T[size]() : nullptr), sum(gradients ? size : 0) {}
 
   Table<T> look_up(const T* angles) {
-    const int64_t pairs = plan.d / 2;
+    if (!table) table.reset(new T[3 * size]);
     T *cosine = table.get(), *sine = cosine + size, *ordered = sine + size;
-    for (int64_t s = 0; s < plan.stages; ++s, angles += pairs)
-      for (int64_t i = s * pairs; i < (s + 1) * pairs; ++i) {
-        const T angle = angles[plan.angle[i]];
-        ordered[i] = plan.flipped[i] ? -angle : angle;
-      }
+    AT_BEST_LEVEL(order<T>(plan, angles, ordered));
     cos_sin_of(ordered, cosine, sine, size);
     return {cosine, sine};
+  }
+
+  // All or some rows of one expert, of which there are `count`.
+  void forward(const T* x, T* y, int64_t rows, int64_t count, const T* angles, bool inverse) {
+    if constexpr (std::is_same_v<T, float>)
+      if (count <= kNaturalRows && AT_BEST_LEVEL(serves(plan)) &&
+          AT_BEST_LEVEL(near_zero(angles, size))) {
+        if (x != y) std::memcpy(y, x, rows * plan.d * sizeof(float));
+        AT_BEST_LEVEL(rotate_natural(plan, y, rows, angles, inverse));
+        return;
+      }
+    const Table<T> cosines = look_up(angles);
+    AT_BEST_LEVEL(forward<T>(plan, x, y, rows, cosines, scratch.get(), inverse));
   }
 
   void flush() {
@@ -218,21 +197,6 @@ int64_t useful_threads(const Plan& plan, int64_t rows, int64_t experts, int64_t 
   return std::max<int64_t>(1, std::min(asked, work >> 19));  // less than that starts no thread
 }
 
-// Run work(0) .. work(threads - 1), the last one here.
-template <typename Work>
-void run(int64_t threads, const Work& work) {
-  std::vector<std::thread> others;
-  others.reserve(threads);
-  int64_t t = 0;
-  try {
-    for (; t < threads - 1; ++t) others.emplace_back(work, t);
-  } catch (const std::system_error&) {
-    // no thread to be had: do the rest here
-  }
-  for (; t < threads; ++t) work(t);
-  for (auto& other : others) other.join();
-}
-
 bool add_up(const int64_t* counts, int64_t experts, int64_t rows) {
   for (int64_t e = 0; e < experts; ++e) {
     if (counts[e] < 0) return false;
@@ -252,9 +216,8 @@ int rotate(const Plan& plan, const T* x, const T* angles, const int64_t* counts,
     if (shares[t].empty()) return;
     Desk<T> desk(plan, false);
     for (const Share& share : shares[t]) {
-      const Table<T> table = desk.look_up(angles + share.expert * desk.size);
-      AT_BEST_LEVEL(forward<T>(plan, x + share.first * d, y + share.first * d, share.rows, table,
-                               desk.scratch.get(), inverse != 0));
+      desk.forward(x + share.first * d, y + share.first * d, share.rows, counts[share.expert],
+                   angles + share.expert * desk.size, inverse != 0);
     }
   });
   return 0;
@@ -313,9 +276,19 @@ int rotate_backward(const Plan& plan, const T* y, const T* grad_y, const T* angl
 
 }  // namespace
 
+void rotate_rows(const Plan& plan, const float* x, float* y, int64_t rows, const float* angles,
+                 bool inverse) {
+  Desk<float> desk(plan, false);
+  desk.forward(x, y, rows, rows, angles, inverse);
+}
+
+void widen(const uint16_t* from, float* to, int64_t n) { AT_BEST_LEVEL(widen(from, to, n)); }
+
+}  // namespace bfmoe
+
 // --- The interface. Change bfmoe_abi_version with it, here and in kernels/cpu.py. ---
 
-EXPORT int bfmoe_abi_version() { return 1; }
+EXPORT int bfmoe_abi_version() { return 2; }
 
 // 0: the compiler's baseline (NEON on ARM), 1: AVX2, 2: AVX-512.
 EXPORT int bfmoe_cpu_level() { return level(); }

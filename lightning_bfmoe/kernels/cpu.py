@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_bfmoe.errors import BFMoEError, ShapeError
 from lightning_bfmoe.functional.routing import ExpertGroups
 
-ABI_VERSION = 1  # that of csrc/rotate.cpp
+ABI_VERSION = 2  # that of csrc/rotate.cpp
 BUILT = Path(__file__).with_name(
     "_bfmoe_cpu" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 )
