@@ -16,6 +16,11 @@ from lightning_bfmoe.plan import Plan
 
 ALWAYS = Plan(start=0, end=0)
 """Ternary from the first step."""
+SCRATCH: dict[str, Any] = {
+    "init": "scratch", "scale": "absmean", "plan": ALWAYS, "angle_lr_factor": 10.0,
+    "balance_rate": 1e-2,
+}  # fmt: skip
+"""What the candidates on the tuning split chose for ButterflyMoE from random weights."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,8 @@ def butterfly(num_experts: int, top_k: int, *, angles: str = "learned", **settin
 def reported(mode: str, budget: int) -> dict[str, Run]:
     """The comparison. `budget`: bytes a layer of ButterflyMoE 8 takes, for the wider control."""
     fresh = mode == "scratch"
-    start = {"init": "scratch"} if fresh else {}
-    switch = {"switch_weight": 0.01, "balance_rate": 0.0}
+    start = SCRATCH if fresh else {}
+    switch = {**start, "switch_weight": 0.01, "balance_rate": 0.0}
     ternary = functools.partial(TernaryFeedForward, scale="absmean")
     table = {
         "dense": control(dense, fresh),
@@ -127,8 +132,8 @@ def reported(mode: str, budget: int) -> dict[str, Run]:
         "butterfly 64 top-4": butterfly(64, 4, **start),
         "butterfly 256 top-2": butterfly(256, 2, **start),
         "butterfly 256 top-4": butterfly(256, 4, **start),
-        "butterfly 64 top-4, Switch": butterfly(64, 4, **switch, **start),
-        "butterfly 256 top-4, Switch": butterfly(256, 4, **switch, **start),
+        "butterfly 64 top-4, Switch": butterfly(64, 4, **switch),
+        "butterfly 256 top-4, Switch": butterfly(256, 4, **switch),
     }
     if fresh:
         table |= {
