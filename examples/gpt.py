@@ -4,6 +4,7 @@ Pre-LayerNorm decoder, learned positions, GELU feed-forward blocks, output tied 
 """
 
 import math
+from typing import Any
 
 import lightning as L
 import torch
@@ -25,12 +26,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix every position with the ones before it."""
+    def forward(self, x: Tensor, memory: Any = None) -> Tensor:
+        """Mix every position with the ones before it; `memory` keeps those of earlier calls."""
         batch, time, width = x.shape
         heads = self.qkv(x).view(batch, time, 3, self.heads, width // self.heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [batch, heads, time, width / heads]
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mask = None
+        if memory is not None:
+            k, v, mask = memory.update(k, v)  # those of all tokens so far
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.out(mixed.transpose(1, 2).reshape(batch, time, width))
 
 
@@ -69,9 +73,9 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = FeedForward(width, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, memory: Any = None) -> Tensor:
         """``[batch, time, width]`` -> same."""
-        x = x + self.attention(self.norm_attention(x))
+        x = x + self.attention(self.norm_attention(x), memory)
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -117,11 +121,16 @@ class GPT(L.LightningModule):
         self.head.weight = self.embed.weight  # tied
         self.apply(_init)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Ids ``[batch, time]`` -> logits ``[batch, time, vocab_size]``; time <= context."""
-        x = self.embed(tokens) + self.position[: tokens.shape[1]]
-        for block in self.blocks:
-            x = block(x)
+    def forward(self, tokens: Tensor, cache: Any = None) -> Tensor:
+        """Ids ``[batch, time]`` -> logits ``[batch, time, vocab_size]``; time <= context.
+
+        With a key-value cache only the new tokens come in: it says where they stand
+        (``cache.positions``, ``[batch, time]``) and keeps a memory for each layer.
+        """
+        places = slice(tokens.shape[1]) if cache is None else cache.positions
+        x = self.embed(tokens) + self.position[places]
+        for number, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[number])
         return self.head(self.norm(x))
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,19 +1,27 @@
 """Floor 3: from a trained model to one small file and back, without Lightning."""
 
+from lightning_bfmoe.deploy.cache import KVCache
 from lightning_bfmoe.deploy.devices import DEVICES
 from lightning_bfmoe.deploy.format import read_packed
+from lightning_bfmoe.deploy.generate import Continuation, Step, TokenGenerator
 from lightning_bfmoe.deploy.inspect import inspect_packed
 from lightning_bfmoe.deploy.load import load_packed
 from lightning_bfmoe.deploy.memory import MemoryPlan, experts_that_fit, plan_memory
 from lightning_bfmoe.deploy.pack import check_choices, pack
 from lightning_bfmoe.deploy.report import PackedSummary, PackReport
+from lightning_bfmoe.deploy.sampling import Sampling
 from lightning_bfmoe.deploy.verify import Verified, verify_packed
 
 __all__ = [
     "DEVICES",
+    "Continuation",
+    "KVCache",
     "MemoryPlan",
     "PackReport",
     "PackedSummary",
+    "Sampling",
+    "Step",
+    "TokenGenerator",
     "Verified",
     "check_choices",
     "experts_that_fit",

@@ -12,7 +12,13 @@ from lightning_bfmoe.deploy.format import read_packed
 from lightning_bfmoe.deploy.freeze import build_packed, custom_tensors, stored_tensors
 from lightning_bfmoe.deploy.match import Layer, Target, find_targets, match_tensors
 from lightning_bfmoe.deploy.slots import Slot, unwrap
-from lightning_bfmoe.layers import CUSTOM, ButterflyMoE
+from lightning_bfmoe.layers import (
+    CUSTOM,
+    ButterflyMoE,
+    CodedNumbers,
+    PackedSubstrate,
+    moe_layers,
+)
 from lightning_bfmoe.layers.surgery import Replaced, apply_replacement
 
 
@@ -23,6 +29,7 @@ def load_packed(
     *,
     strict: bool = True,
     device: torch.device | str | None = None,
+    low_memory: bool = False,
 ) -> nn.Module:
     """Fills a fresh instance of the packed model's architecture, and returns it in eval mode.
 
@@ -37,6 +44,9 @@ def load_packed(
         strict: Refuse a tensor that only the file or only the model's rest has; otherwise warn.
             The packed layers must fit in any case.
         device: Where the model shall go; None: tensors go where the model's are.
+        low_memory: Keep the packed form alone: each use of a matrix or of coded angles unpacks it
+            and throws it away. The same numbers, slower. Otherwise a packed layer keeps its dense
+            matrices and decoded angles from their first use on.
 
     Returns:
         The same `model` object.
@@ -61,6 +71,10 @@ def load_packed(
         undo.pop_all()  # nothing failed
     if device is not None:
         model.to(device)
+    for _, layer in moe_layers(root):
+        for module in layer.modules():
+            if isinstance(module, PackedSubstrate | CodedNumbers):
+                module.keeps = not low_memory
     return model.eval()
 
 

@@ -13,6 +13,7 @@ from lightning_bfmoe.functional.codes import (
 )
 from lightning_bfmoe.functional.routing import ExpertGroups
 from lightning_bfmoe.kernels import rotate
+from lightning_bfmoe.layers.rotation import each_alone
 from lightning_bfmoe.layers.substrate import trace
 
 
@@ -20,6 +21,7 @@ class CodedNumbers(nn.Module):
     """Rows of numbers as 8- or 4-bit codes with a scale each (`functional.codes`). No gradient.
 
     The codes are the state; the float32 numbers are decoded once and kept until the codes change.
+    With `keeps` off they are decoded at every use and thrown away: the memory of the codes alone.
 
     Example:
         >>> CodedNumbers.of(torch.randn(8, 9, 256), bits=4).codes.shape
@@ -44,6 +46,7 @@ class CodedNumbers(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.bits, self.offset = tuple(shape), bits, offset
+        self._keeps = True
         stored = (*self.shape[:-1], code_bytes(self.shape[-1], bits))
         empty = torch.zeros(self.shape if bits == 8 else stored, dtype=torch.int8, device=device)
         self.register_buffer("codes", empty if bits == 8 else empty.to(torch.uint8) + 136)
@@ -60,20 +63,35 @@ class CodedNumbers(nn.Module):
         return coded
 
     @property
+    def keeps(self) -> bool:
+        """Whether what has been decoded stays in memory between uses."""
+        return self._keeps
+
+    @keeps.setter
+    def keeps(self, value: bool) -> None:
+        self._keeps = value
+        if not value:
+            self._cache = None
+
+    @property
     def values(self) -> Tensor:
         """The numbers, float32."""
         return self._decoded()
 
     @torch.compiler.disable
     def _decoded(self) -> Tensor:
+        if not self.keeps:
+            return self._decode(self.codes, self.scales)
         key = (*trace(self.codes), *trace(self.scales))
         if self._cache is None or self._cache[0] != key:
             with torch.inference_mode(False):  # an inference tensor could not be used in training
-                codes = self.codes
-                if self.bits == 4:
-                    codes = unpack_nibbles(codes, self.shape[-1])
-                self._cache = (key, decode_codes(codes, self.scales, self.offset))
+                self._cache = (key, self._decode(self.codes, self.scales))
         return self._cache[1]
+
+    def _decode(self, codes: Tensor, scales: Tensor) -> Tensor:
+        if self.bits == 4:
+            codes = unpack_nibbles(codes, self.shape[-1])
+        return decode_codes(codes, scales, self.offset)
 
     def check(self) -> None:
         """Raises `PackedFileError` unless every code and scale is one that is written."""
@@ -117,6 +135,9 @@ class CodedRotation(CodedNumbers):
 
     def forward(self, x: Tensor, groups: ExpertGroups, inverse: bool = False) -> Tensor:
         """Rotate rows (rows, d), sorted by expert, each by its expert's B or B^T."""
+        if not self.keeps and x.shape[0] < self.shape[0]:  # a few tokens: decode their experts only
+            chosen = self._decode(self.codes[groups.expert], self.scales[groups.expert])
+            return rotate(x, chosen, each_alone(groups), inverse)
         return rotate(x, self.angles, groups, inverse)
 
 

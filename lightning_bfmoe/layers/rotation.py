@@ -54,7 +54,11 @@ class Rotation(KeepsFloat32):
 
     def forward(self, x: Tensor, groups: ExpertGroups, inverse: bool = False) -> Tensor:
         """Rotate rows (rows, d), sorted by expert, each by its expert's B or B^T."""
-        return rotate(x, self.angles, groups, inverse)
+        angles = self.angles
+        few = x.shape[0] < self.num_experts and not torch.compiler.is_compiling()
+        if few and angles.dtype.itemsize < 4:  # packed: widen those of the chosen experts only
+            angles, groups = angles[groups.expert], each_alone(groups)
+        return rotate(x, angles, groups, inverse)
 
     def freeze(self, dtype: torch.dtype = torch.float16) -> "Rotation":
         """Turn the angles into a buffer of `dtype`, wrapped to (-pi, pi]; in place.
@@ -79,3 +83,15 @@ class Rotation(KeepsFloat32):
     def extra_repr(self) -> str:
         """Sizes shown by `print(model)`."""
         return f"d={self.d}, num_experts={self.num_experts}, stages={self.stages}"
+
+
+def each_alone(groups: ExpertGroups) -> ExpertGroups:
+    """The same rows, each under an expert of its own: for angles gathered row by row.
+
+    Example:
+        >>> from lightning_bfmoe.functional.routing import group_by_expert
+        >>> each_alone(group_by_expert(torch.tensor([[5, 5]]), 9)).counts.tolist()
+        [1, 1]
+    """
+    rows = torch.arange(groups.expert.shape[0], device=groups.expert.device)
+    return ExpertGroups(groups.order, rows, torch.ones_like(rows))

@@ -1,5 +1,7 @@
 """The shared matrix of a layer: latent float32 in training, packed trits when deployed."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -94,6 +96,9 @@ class Substrate(KeepsFloat32):
 class PackedSubstrate(nn.Module):
     """A substrate as it is stored: trits at 1.6 or 2 bit, and row scales. No gradient.
 
+    The dense matrix is unpacked once and kept. With `keeps` off it is unpacked at every use and
+    thrown away: slower, in the memory of the packed bytes alone.
+
     Args:
         d_out: Rows.
         d_in: Columns.
@@ -111,6 +116,7 @@ class PackedSubstrate(nn.Module):
         empty = pack_trits(torch.zeros(d_out, d_in, dtype=torch.int8), bits)
         self.register_buffer("packed", empty)  # (bytes,) uint8
         self.register_buffer("alpha", torch.zeros(rows, 1))  # (rows, 1) float32
+        self._keeps = True
         self._cache: tuple[tuple, Tensor] | None = None
 
     @classmethod
@@ -154,14 +160,34 @@ class PackedSubstrate(nn.Module):
                 fix="Train with the latent model, then pack it again.",
             )
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the dense matrix stays in memory between uses."""
+        return self._keeps
+
+    @keeps.setter
+    def keeps(self, value: bool) -> None:
+        self._keeps = value
+        if not value:
+            self._cache = None
+
     @torch.compiler.disable
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix diag(alpha) T in `dtype`, unpacked once and kept."""
+        """The matrix diag(alpha) T in `dtype`."""
+        if not self.keeps:
+            return self._unpacked(dtype)
         key = (dtype, *trace(self.packed), *trace(self.alpha))
         if self._cache is None or self._cache[0] != key:
             with torch.inference_mode(False):  # an inference tensor could not be reused in training
                 self._cache = (key, dequantize_ternary(*self.ternary(), dtype))
         return self._cache[1]
+
+    def _unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The matrix from bytes that have been checked: nothing here waits for a GPU."""
+        table = _digits(self.bits, dtype, self.packed.device)
+        trits = nn.functional.embedding(self.packed.int(), table)  # (bytes, trits of a byte)
+        weight = trits.reshape(-1)[: self.d_out * self.d_in].reshape(self.d_out, self.d_in)
+        return weight.mul_(self.alpha)
 
     def ternary(self) -> tuple[Tensor, Tensor]:
         """Trits (int8) and scales."""
@@ -189,3 +215,12 @@ class PackedSubstrate(nn.Module):
 def trace(tensor: Tensor) -> tuple[int, int]:
     """What changes when a tensor is replaced or written to in place."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+@functools.lru_cache(maxsize=16)
+def _digits(bits: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The trits of every byte, (256, trits of a byte)."""
+    per_byte, base = (5, 3) if bits == "1.6" else (4, 4)
+    value = torch.arange(256, device=device).unsqueeze(1)
+    digit = value // base ** torch.arange(per_byte, device=device) % base
+    return (digit - 1).to(dtype)
