@@ -1,7 +1,7 @@
 """`calibrated_swap`: joins `swap` (which blocks, and where they stand) with `calibrate` (how)."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from lightning_bfmoe.calibrate.feed_forward import check_settings
 from lightning_bfmoe.calibrate.park import Parked
 from lightning_bfmoe.calibrate.settings import moment_bytes
 from lightning_bfmoe.config import ButterflyMoEConfig
+from lightning_bfmoe.errors import SwapError
 from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE
-from lightning_bfmoe.layers.surgery import Replaced
+from lightning_bfmoe.layers.surgery import Replaced, ReplacementPlan
 from lightning_bfmoe.swap.build import build_layer, measure
 from lightning_bfmoe.swap.candidate import Candidate
 from lightning_bfmoe.swap.find import find_feed_forward
@@ -74,14 +75,42 @@ def calibrated_swap(
         CalibrationError: The model does not take a batch, activations are not finite, a block never
             ran, or settings do not go with a calibration.
     """
-    settings = calibration or Calibration()
     config = ButterflyMoEConfig.from_dict(
         {**(config or ButterflyMoEConfig()).to_dict(), **overrides}
     )
+    return swap_calibrated(model, data, config, include, exclude, calibration or Calibration(), {})
+
+
+def swap_calibrated(
+    model: nn.Module,
+    data: Iterable[Any],
+    config: ButterflyMoEConfig,
+    include: Patterns,
+    exclude: Patterns,
+    settings: Calibration,
+    layers: Mapping[str, tuple[Layer, ReplacementPlan]],
+) -> SwapReport:
+    """The swap behind `calibrated_swap`.
+
+    Args:
+        model: Any module.
+        data: Batches.
+        config: Settings of new layers.
+        include: Patterns.
+        exclude: Patterns.
+        settings: Of the calibration.
+        layers: By path: layers that are filled instead of built, with their placements.
+    """
     check_settings(config)
     with keep_rng():
         candidates = find_feed_forward(model)
         chosen = select_candidates(model, candidates, include, exclude)
+        if layers and {c.path for c in chosen} != set(layers):
+            raise SwapError(
+                "layers are filled in the model that they were prepared for",
+                got=f"blocks {sorted({c.path for c in chosen} ^ set(layers))[:3]} found once only",
+                fix="Change nothing in the model between prepare_swap and fill_swapped.",
+            )
         left = skipped_rows(c for c in candidates if not any(c is taken for taken in chosen))
         report = SwapReport(skipped=left)
         plain = [c for c in chosen if c.experts]
@@ -89,15 +118,15 @@ def calibrated_swap(
             warnings.warn(
                 f"{len(plain)} expert blocks with a router of their own (first: {plain[0].path!r}) "
                 "are swapped without calibration.",
-                stacklevel=2,
+                stacklevel=3,
             )
         fitting = [c for c in chosen if not c.experts]
-        course = _Course(model, sequential=settings.sequential)
+        course = _Course(model, settings.sequential, config, layers)
         try:
-            jobs = [course.job(c, config) for c in fitting]
+            jobs = [course.job(c) for c in fitting]
             if jobs:
                 report.calibration = calibrate_layers(model, jobs, data, settings)
-            others = {c.path: build_layer(c, config) for c in plain}
+            others = {c.path: course.build(c) for c in plain}
             fits = {b.path: b for b in report.calibration.blocks} if jobs else {}
             for c in chosen:
                 row = describe_block(c, config, bias=None if c.experts else True)
@@ -107,7 +136,8 @@ def calibrated_swap(
                 else:
                     row.relative_error = fits[c.path].error ** 0.5
                 report.blocks.append(row)
-                warn_of_losses(c)
+                if not layers:  # else it was told when they were put in
+                    warn_of_losses(c)
             course.finish([(c, others[c.path][0]) for c in plain])
         except BaseException:
             course.undo()
@@ -123,14 +153,32 @@ class _Course:
     Args:
         model: The root.
         sequential: Put each layer in as soon as it is done.
+        config: Settings of new layers.
+        layers: Layers that are there already, with their placements, by path.
     """
 
-    def __init__(self, model: nn.Module, sequential: bool) -> None:
-        self.model, self.sequential = model, sequential
-        self.waiting: list[tuple[Candidate, Parked]] = []
+    def __init__(
+        self,
+        model: nn.Module,
+        sequential: bool,
+        config: ButterflyMoEConfig,
+        layers: Mapping[str, tuple[Layer, ReplacementPlan]],
+    ) -> None:
+        self.model, self.sequential, self.config = model, sequential, config
+        self.layers = layers
+        self.waiting: list[tuple[Candidate, Layer | Parked]] = []
         self.receipts: list[tuple[Layer, Replaced]] = []
 
-    def job(self, c: Candidate, config: ButterflyMoEConfig) -> Job:
+    def build(self, c: Candidate) -> tuple[Layer, float | None]:
+        """The layer that stands for a candidate: a given one, else a new one."""
+        if c.path not in self.layers:
+            return build_layer(c, self.config, bias=None if c.experts else True)
+        layer, placement = self.layers[c.path]
+        assert c.placement is not None
+        c.placement["layer"] = dict(placement.get("layer", {}))
+        return layer, None
+
+    def job(self, c: Candidate) -> Job:
         """The candidate as `calibrate` sees it."""
         block = c.block
         assert block is not None
@@ -148,15 +196,20 @@ class _Course:
             gate_bias=block.gate_bias,
             function=block,
         )
-        build: Callable[[], Layer] = lambda: build_layer(c, config, bias=True)[0]  # noqa: E731
-        return Job(c.path, dense, build, moment_bytes(sizes), lambda layer: self.done(c, layer))
+        return Job(
+            c.path,
+            dense,
+            lambda: self.build(c)[0],
+            moment_bytes(sizes),
+            lambda layer: self.done(c, layer),
+        )
 
     def done(self, c: Candidate, layer: Layer) -> None:
         """Take a fitted layer."""
         if self.sequential:
             self.put(c, layer)
-        else:
-            self.waiting.append((c, Parked(layer)))
+        else:  # a given layer holds its memory anyway
+            self.waiting.append((c, layer if c.path in self.layers else Parked(layer)))
 
     def put(self, c: Candidate, layer: Layer) -> None:
         """Put a layer into its slot."""
@@ -166,11 +219,11 @@ class _Course:
 
     def finish(self, others: list[tuple[Candidate, Layer]]) -> None:
         """Put in all that is not in yet."""
-        for c, parked in self.waiting:
-            self.put(c, parked.unpark())
+        for c, layer in self.waiting:
+            self.put(c, layer.unpark() if isinstance(layer, Parked) else layer)
         self.waiting.clear()
-        for c, layer in others:
-            self.put(c, layer)
+        for c, other in others:
+            self.put(c, other)
 
     def undo(self) -> None:
         """The model as it was."""

@@ -6,12 +6,14 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
+from lightning_bfmoe.calibrate import Calibration
 from lightning_bfmoe.callbacks import guards, late_build
+from lightning_bfmoe.callbacks import settings as given
 from lightning_bfmoe.callbacks.angle_warmup import AngleWarmup
+from lightning_bfmoe.callbacks.calibrating import Calibrator
 from lightning_bfmoe.callbacks.clock import StepClock
 from lightning_bfmoe.callbacks.parts import Part
 from lightning_bfmoe.callbacks.router_balance import RouterBalance
-from lightning_bfmoe.callbacks.settings import resolve_config, resolve_patterns, resolve_plan
 from lightning_bfmoe.callbacks.summary import show_summary
 from lightning_bfmoe.callbacks.swapping import Swapper, merge_reports
 from lightning_bfmoe.callbacks.ternary_schedule import TernarySchedule
@@ -20,7 +22,7 @@ from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.plan import Plan, PlanState
 from lightning_bfmoe.swap import SwapReport
 
-ANGLE_LR_FACTORS = {"preserve": 5.0, "scratch": 20.0}
+ANGLE_LR_FACTORS = {"preserve": 5.0, "scratch": 20.0}  # "calibrated" is a "preserve", too
 
 
 class ButterflyMoECallback(pl.Callback):
@@ -45,7 +47,8 @@ class ButterflyMoECallback(pl.Callback):
         config: Settings that the single ones override.
         preset: Named settings instead of `config`: "default" or "paper".
         plan: When the weights become ternary, and what holds when: warm-up of the angles, frozen
-            latents, a second stage. ``Plan()`` when None.
+            latents, a second stage. None: ``Plan()``, and with ``init="calibrated"`` one that is
+            ternary throughout, its latents frozen for the first half.
         total_steps: Optimizer steps of the whole training. None: the Trainer's estimate.
         replan: On resume, whether to plan anew when the Trainer's estimate has changed. False keeps
             the planned total of the checkpoint.
@@ -56,7 +59,11 @@ class ButterflyMoECallback(pl.Callback):
             one may be from before the weights were ternary.
         name: Tells several callbacks apart, in checkpoints and in logged names.
         verbose: Print what was swapped, once.
-        init: See `ButterflyMoEConfig`, as for all that follow; None keeps the value there.
+        init: "calibrated" fits the layers to batches of the training data before the first step, in
+            closed form (`calibrated_swap`); a training that is resumed does not. Else, as for all
+            that follow, see `ButterflyMoEConfig`; None keeps the value there.
+        calibration_batches: Batches that are read for it (count); 32 when None.
+        calibration: Further settings, such as `forward_fn`, which feeds a batch to the module.
         angle_std: Standard deviation of the initial angles (radians).
         stages: Stages per rotation (count).
         gains: Per-expert diagonal gains.
@@ -96,7 +103,9 @@ class ButterflyMoECallback(pl.Callback):
         evaluate_ternary: bool = False,
         name: str | None = None,
         verbose: bool = True,
-        init: Literal["preserve", "scratch"] | None = None,
+        init: Literal["preserve", "scratch", "calibrated"] | None = None,
+        calibration_batches: int | None = None,
+        calibration: Calibration | None = None,
         angle_std: float | None = None,
         stages: int | None = None,
         gains: bool | None = None,
@@ -121,15 +130,22 @@ class ButterflyMoECallback(pl.Callback):
             "switch_weight": switch_weight, "z_weight": z_weight, "router_noise": router_noise,
             "seed": seed,
         }  # fmt: skip
-        self.config = resolve_config(config, preset, overrides)
+        self.config = given.resolve_config(config, preset, overrides)
         self._wrapped: TrainableSet | None = None
-        self.include, self.exclude = resolve_patterns(include), resolve_patterns(exclude)
+        self.include, self.exclude = (
+            given.resolve_patterns(include),
+            given.resolve_patterns(exclude),
+        )
         self.name, self.verbose = name, verbose
-        self._swapper = Swapper(self.config, self.include, self.exclude, name or "bfmoe")
+        calibrated = given.resolve_calibration(init, calibration_batches, calibration)
+        self._swapper = Swapper(
+            self.config, self.include, self.exclude, name or "bfmoe", calibrated is not None
+        )
+        self._calibrator = None if calibrated is None else Calibrator(calibrated, self._swapper)
         if angle_lr_factor is None:
             angle_lr_factor = ANGLE_LR_FACTORS[self.config.init]
         self.schedule = TernarySchedule(
-            resolve_plan(plan),
+            given.resolve_plan(plan, calibrated is not None),
             total_steps=total_steps,
             replan=replan,
             evaluate_ternary=evaluate_ternary,
@@ -185,11 +201,15 @@ class ButterflyMoECallback(pl.Callback):
         late_build.watch(pl_module, self._owner, lambda new: self._look_again(pl_module, new))
         if not late_build.is_watched(pl_module, self._owner):
             self._swapper.check_found()
+        if self._calibrator is not None and stage == "fit":
+            self._calibrator.watch(trainer, pl_module, self)
 
     def _look(self, pl_module: pl.LightningModule) -> None:
         report = self._swapper.swap(pl_module)
         if report is not None:
             self.report = report
+            if self.verbose:
+                show_calibration(report)
             self._swapper.set_blend(pl_module, 1.0 if self.plan.end == 0 else 0.0)
             if self.verbose:
                 show_summary(report)
@@ -261,16 +281,26 @@ class ButterflyMoECallback(pl.Callback):
         self._forward("on_train_end", trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        late_build.unwatch(pl_module, self._owner)
-        self._wrapped = None
+        self._unwatch(pl_module)
         self._forward("teardown", trainer, pl_module, stage)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
+        self._unwatch(pl_module)
+        self._forward("on_exception", trainer, pl_module, exception)
+
+    def _unwatch(self, pl_module: pl.LightningModule) -> None:
         late_build.unwatch(pl_module, self._owner)
         self._wrapped = None
-        self._forward("on_exception", trainer, pl_module, exception)
+        if self._calibrator is not None:
+            self._calibrator.unwatch(pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._calibrator is not None:
+            self._calibrator.drop()  # what was calibrated and trained comes from there
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.angles.state_dict(), **self.schedule.state_dict()}

@@ -1,8 +1,11 @@
 """From the callback's keyword arguments, which a YAML file can hold, to one config and one plan."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lightning_bfmoe.calibrate import Calibration, Recipe
+from lightning_bfmoe.calibrate.feed_forward import check_settings
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import ConfigError
 from lightning_bfmoe.plan import Plan
@@ -23,6 +26,9 @@ def resolve_config(
         ConfigError: Both a config and a preset, or a value out of range.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
+    calibrated = given.get("init") == "calibrated"
+    if calibrated:
+        given["init"] = "preserve"  # what the layers are: weights that were found, and are kept
     if config is not None and preset is not None:
         raise ConfigError(
             "settings start from a config or from a preset, not from both",
@@ -30,16 +36,63 @@ def resolve_config(
             fix="Use config=ButterflyMoEConfig.preset(...).",
         )
     if config is None:
-        return ButterflyMoEConfig.preset(preset or "default", **given)
-    data = config.to_dict() if isinstance(config, ButterflyMoEConfig) else dict(config)
-    return ButterflyMoEConfig.from_dict({**data, **given})
+        found = ButterflyMoEConfig.preset(preset or "default", **given)
+    else:
+        data = config.to_dict() if isinstance(config, ButterflyMoEConfig) else dict(config)
+        found = ButterflyMoEConfig.from_dict({**data, **given})
+    if calibrated:
+        check_settings(found)
+    return found
 
 
-def resolve_plan(plan: Plan | Mapping[str, Any] | None) -> Plan:
+CALIBRATED_PLAN = Plan(start=0, end=0, freeze_latents=0.5)
+"""Of ``init="calibrated"``: its latents lie on the ternary grid, so lambda is 1 from the start, and
+they stand still at first while angles, biases and router learn (`docs/decisions.md`)."""
+
+
+def resolve_plan(plan: Plan | Mapping[str, Any] | None, calibrated: bool = False) -> Plan:
     """The plan, from an object, a mapping (a nested YAML or Hydra node) or nothing."""
-    if plan is None or isinstance(plan, Plan):
-        return plan or Plan()
-    return Plan(**dict(plan))
+    if plan is None:
+        return CALIBRATED_PLAN if calibrated else Plan()
+    return plan if isinstance(plan, Plan) else Plan(**dict(plan))
+
+
+def resolve_calibration(
+    init: str | None, batches: int | None, calibration: Calibration | Mapping[str, Any] | None
+) -> Calibration | None:
+    """Settings of the calibration that ``init="calibrated"`` asks for; None without it.
+
+    Example:
+        >>> resolve_calibration("calibrated", 16, None).max_batches
+        16
+
+    Raises:
+        ConfigError: Settings of a calibration without ``init="calibrated"``, or out of range.
+    """
+    if init != "calibrated":
+        if batches is None and calibration is None:
+            return None
+        raise ConfigError(
+            "calibration_batches and calibration go with init='calibrated'",
+            got=f"init={init!r}",
+            fix="Write ButterflyMoECallback(init='calibrated', ...), or leave them out.",
+        )
+    if calibration is None:
+        calibration = Calibration()
+    elif not isinstance(calibration, Calibration):
+        fields = dict(calibration)
+        if isinstance(fields.get("recipe"), Mapping):
+            fields["recipe"] = Recipe(**dict(fields["recipe"]))
+        calibration = Calibration(**fields)
+    if batches is None:
+        return calibration
+    if not isinstance(batches, int) or isinstance(batches, bool) or batches < 2:
+        raise ConfigError(
+            "calibration_batches is a number of batches, at least 2, some of which judge",
+            got=f"calibration_batches={batches!r}",
+            fix="Use calibration_batches=32.",
+        )
+    return dataclasses.replace(calibration, max_batches=batches)
 
 
 def resolve_patterns(patterns: str | Iterable[str] | None) -> str | list[str] | None:

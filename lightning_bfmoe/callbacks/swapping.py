@@ -13,6 +13,7 @@ from lightning_bfmoe.callbacks.settings import differing_settings
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import SwapError
 from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE, moe_layers
+from lightning_bfmoe.prepared import prepare_swap
 from lightning_bfmoe.swap import SwapReport, swap_feed_forward
 
 _MARK = "swapped_by"
@@ -26,10 +27,21 @@ class Swapper:
         include: Patterns to take.
         exclude: Patterns to leave.
         owner: Mark on the layers, so that several swappers keep to their own.
+        calibrates: Whether the layers are calibrated later: they get biases, and their originals
+            wait in `held`.
     """
 
-    def __init__(self, config: ButterflyMoEConfig, include: Any, exclude: Any, owner: str) -> None:
+    def __init__(
+        self,
+        config: ButterflyMoEConfig,
+        include: Any,
+        exclude: Any,
+        owner: str,
+        calibrates: bool = False,
+    ) -> None:
         self.config, self.include, self.exclude, self.owner = config, include, exclude, owner
+        self.calibrates = calibrates
+        self.held: SwapReport | None = None
         self._refusal: SwapError | None = None
         self._taken: MutableMapping[str, Tensor] = weakref.WeakValueDictionary()
 
@@ -78,16 +90,18 @@ class Swapper:
         self._refusal = None
         before = dict(module.named_parameters())
         try:
-            with torch.device("cpu"), _float32():  # a Trainer may have set others
-                report = swap_feed_forward(
-                    module, self.config, include=self.include, exclude=self.exclude
-                )
+            with torch.device("cpu"), plain_dtype():  # a Trainer may have set others
+                swap = prepare_swap if self.calibrates else swap_feed_forward
+                report = swap(module, self.config, include=self.include, exclude=self.exclude)
         except SwapError as error:
             self._refusal = error
             return None
         for layer, _ in report.receipts:
             setattr(layer, _MARK, self.owner)
         left = {id(p) for p in module.parameters()}
+        if self.calibrates:
+            held = self.held.receipts if self.held else []
+            self.held = SwapReport(receipts=[*held, *report.receipts])
         report.release()
         for name, parameter in before.items():
             if id(parameter) not in left:
@@ -106,7 +120,7 @@ class Swapper:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave references to parameters behind when copied or pickled."""
-        return {**self.__dict__, "_taken": {}}
+        return {**self.__dict__, "_taken": {}, "held": None}
 
 
 def merge_reports(earlier: SwapReport, later: SwapReport) -> SwapReport:
@@ -118,7 +132,8 @@ def merge_reports(earlier: SwapReport, later: SwapReport) -> SwapReport:
 
 
 @contextlib.contextmanager
-def _float32() -> Iterator[None]:
+def plain_dtype() -> Iterator[None]:
+    """Default dtype float32 for as long as the context lasts."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

@@ -17,7 +17,7 @@ import pytest
 HOUSE = [
     (
         5,
-        ["callbacks", "strategy", "cli", "cli_packed", "demo", "checkpoint", "calibrated"],
+        ["callbacks", "strategy", "cli", "cli_packed", "demo", "checkpoint", "calibrated", "prepared"],
         "all that imports lightning",
     ),
     (4, ["plan"], "when: step -> lambda, angle factor, phase; parameter groups"),
