@@ -208,8 +208,6 @@ class ButterflyMoECallback(pl.Callback):
         report = self._swapper.swap(pl_module)
         if report is not None:
             self.report = report
-            if self.verbose:
-                show_calibration(report)
             self._swapper.set_blend(pl_module, 1.0 if self.plan.end == 0 else 0.0)
             if self.verbose:
                 show_summary(report)
