@@ -14,6 +14,8 @@ _DOOR = {
     "ButterflyMoEStrategy": "lightning_bfmoe.strategy",
     "BFMoEError": "lightning_bfmoe.errors",
     "ExpertUsage": "lightning_bfmoe.callbacks",
+    "OrbitExplorer": "lightning_bfmoe.viz",
+    "OrbitRecorder": "lightning_bfmoe.callbacks",
     "PackedCheckpoint": "lightning_bfmoe.callbacks",
     "Plan": "lightning_bfmoe.plan",
     "TernarySchedule": "lightning_bfmoe.callbacks",

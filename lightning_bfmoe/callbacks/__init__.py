@@ -2,6 +2,7 @@
 
 from lightning_bfmoe.callbacks.angle_warmup import AngleWarmup
 from lightning_bfmoe.callbacks.butterfly_moe import ButterflyMoECallback
+from lightning_bfmoe.callbacks.orbit_recorder import OrbitRecorder
 from lightning_bfmoe.callbacks.outliers import ActivationOutliers
 from lightning_bfmoe.callbacks.packed_checkpoint import PackedCheckpoint
 from lightning_bfmoe.callbacks.router_balance import RouterBalance
@@ -13,6 +14,7 @@ __all__ = [
     "AngleWarmup",
     "ButterflyMoECallback",
     "ExpertUsage",
+    "OrbitRecorder",
     "PackedCheckpoint",
     "RouterBalance",
     "TernarySchedule",
