@@ -162,7 +162,7 @@ def _flag(argument: str) -> str:
     name = "--" + name[2:].replace("-", "_")
     return (
         f"{name}=true"
-        if name in ("--force", "--finalize") and not equals
+        if name in ("--force", "--finalize", "--low_memory") and not equals
         else name + equals + value
     )
 

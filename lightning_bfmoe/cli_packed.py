@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_bfmoe.errors import BFMoEError, CheckpointError, ConfigError, PackedFileError
 
@@ -86,13 +86,20 @@ def run(
     prompt: str | None = None,
     init: dict[str, Any] | None = None,
     tokenizer: str | None = None,
-    num_tokens: int = 100,
+    num_tokens: int | None = None,
     temperature: float = 0.8,
+    top_k: int | None = 40,
+    top_p: float = 1.0,
     seed: int = 0,
+    device: str = "cpu",
+    context: int | None = None,
+    cache: bool = True,
+    low_memory: bool = False,
 ) -> None:
-    """Continue a prompt with a packed model that can generate.
+    """Continue a prompt with a packed language model; the text appears as it is written.
 
-    The class needs `generate(prompt, num_tokens, *, temperature, seed)` from ids to ids, int64.
+    The class maps ids (rows, time) to logits (rows, time, vocabulary). With a `cache=None` in its
+    forward (examples/gpt.py, docs/deploy.md) each token costs one position's work.
 
     Args:
         file: A packed file.
@@ -100,39 +107,42 @@ def run(
         prompt: Text to continue.
         init: Arguments of the class; those that the file holds can be left out.
         tokenizer: A tokenizer's JSON file (package `tokenizers`); left out: UTF-8 bytes.
-        num_tokens: Tokens to add (count).
+        num_tokens: Tokens to add (count); left out: what fits the context, at most 100.
         temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Choose among so many of the likeliest tokens; null: all.
+        top_p: Choose among the likeliest that together have this probability.
         seed: Seed of the sampling.
+        device: Where to compute: cpu, cuda, cuda:1, ...
+        context: Most tokens the model can look at; left out: its attribute `context`.
+        cache: false computes the whole prefix anew for every token, for a class without a cache.
+        low_memory: Keep the packed form alone in memory; slower.
     """
-    from lightning_bfmoe.deploy import load_packed
+    from lightning_bfmoe.deploy import Sampling, TextStream, TokenGenerator, load_packed
 
-    if num_tokens < 1 or not temperature >= 0:
-        raise ConfigError(
-            "num_tokens must be >= 1 and temperature >= 0",
-            got=f"num_tokens={num_tokens}, temperature={temperature}",
-            fix="Leave them out for the defaults.",
-        )
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    Sampling(num_tokens, **settings)  # type: ignore[arg-type]  # checks them before anything loads
     model = _build(module, file, init)
-    generate = getattr(model, "generate", None)
-    if not callable(generate):
-        raise ConfigError(
-            "`bfmoe run` needs a model with a method generate(prompt, num_tokens, ...)",
-            got=f"{type(model).__name__} without one",
-            fix="Add it (examples/gpt.py has one), or use lightning_bfmoe.load_packed in Python.",
-        )
     words = _tokenizer(tokenizer)
-    ids = _encode(words, prompt or "", model)
-    load_packed(file, model)
-    try:
-        with torch.no_grad():
-            written = generate(ids, num_tokens, temperature=temperature, seed=seed)
-    except Exception as error:  # whatever a stranger's method does
-        raise ConfigError(
-            "generate(prompt, num_tokens, *, temperature, seed) continues int64 ids",
-            got=f"{type(error).__name__}: {error}",
-            fix="See examples/gpt.py; `--tokenizer` must be the one of the training.",
-        ) from error
-    Console(highlight=False, markup=False, soft_wrap=True).print(words.decode(written))
+    ids = _encode(words, prompt or "")
+    load_packed(file, model, device=_device(device), low_memory=low_memory)
+    generator = TokenGenerator(model, context=context, cache=cache)
+    generator.check(ids)
+    room = generator.room(len(ids), num_tokens)
+    count = min(room, 100) if num_tokens is None else num_tokens
+    text = TextStream(lambda some: words.decode(torch.tensor(some, dtype=torch.int64)), ids)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+
+    def tell(piece: str) -> None:
+        console.print(piece, end="")
+        console.file.flush()
+
+    steps = generator.stream([ids], Sampling(count, **settings))  # type: ignore[arg-type]
+    for number, step in enumerate(steps):
+        if number == 0:  # the model has run, so what comes now is no error
+            tell(prompt or "")
+        if step.tokens[0] is not None:
+            tell(text.add(step.tokens[0]))
+    tell(text.end() + "\n")
 
 
 def import_name(path: str) -> Callable[..., Any]:
@@ -230,24 +240,29 @@ def _tokenizer(path: str | None) -> Any:
         ) from error
 
 
-def _encode(words: Any, prompt: str, model: nn.Module) -> Tensor:
-    """The prompt's ids, which the model's first embedding must know."""
+def _encode(words: Any, prompt: str) -> list[int]:
     try:
-        ids: Tensor = words.encode(prompt)
+        ids: list[int] = words.encode(prompt).tolist()
     except UnicodeEncodeError as error:
         raise ConfigError(
             "a prompt is text", got="bytes that are not UTF-8", fix="Set the terminal to UTF-8."
         ) from error
-    if not len(ids):
+    if not ids:
         raise ConfigError("a prompt has at least one token", got=repr(prompt), fix="Add --prompt.")
-    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    if tables and int(ids.max()) >= max(tables):
-        raise ConfigError(
-            f"the model knows {max(tables)} tokens",
-            got=f"token {int(ids.max())}",
-            fix="Name the training's --tokenizer.",
-        )
     return ids
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either without CUDA
+        raise ConfigError(
+            "device names one that this torch and this machine have",
+            got=f"{name!r}: {str(error).splitlines()[0]}",
+            fix="Leave --device out for the CPU.",
+        ) from error
+    return device
 
 
 _NAME_IT = "Add --module my_package.models:MyModule."

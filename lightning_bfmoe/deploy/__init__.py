@@ -10,6 +10,7 @@ from lightning_bfmoe.deploy.memory import MemoryPlan, experts_that_fit, plan_mem
 from lightning_bfmoe.deploy.pack import check_choices, pack
 from lightning_bfmoe.deploy.report import PackedSummary, PackReport
 from lightning_bfmoe.deploy.sampling import Sampling
+from lightning_bfmoe.deploy.text import TextStream
 from lightning_bfmoe.deploy.verify import Verified, verify_packed
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PackedSummary",
     "Sampling",
     "Step",
+    "TextStream",
     "TokenGenerator",
     "Verified",
     "check_choices",

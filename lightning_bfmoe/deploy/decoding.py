@@ -111,6 +111,7 @@ class CachedDecoding(Decoding):
             lambda tokens: self._advance(tokens, cache, cache.length),
             torch.zeros(rows, dtype=torch.int64, device=self.device),
             state=[cache.lengths],
+            alive=_kept(self.model),
         )
 
 
@@ -157,6 +158,7 @@ class HuggingFaceDecoding(Decoding):
                 self._advance,
                 torch.zeros(rows, dtype=torch.int64, device=self.device),
                 state=[state["places"], *_lengths(state["cache"])],
+                alive=_kept(self.model),
             )
         return logits
 
@@ -209,6 +211,11 @@ class PrefixDecoding(Decoding):
         return logits[torch.arange(len(self._rows), device=self.device), lengths - 1]
 
 
+def _kept(model: nn.Module) -> list[Any]:
+    """Dense matrices and angles that packed layers keep until they are asked for another dtype."""
+    return [getattr(module, "_cache", None) for module in model.modules()]
+
+
 def _lengths(cache: Any) -> list[Tensor]:
     """What a step moves on in each layer of a `StaticCache`, as far as a graph may move it.
 
@@ -253,8 +260,8 @@ def find_decoding(model: nn.Module, cache: bool) -> type[Decoding]:
         return CachedDecoding
     else:
         fix = (
-            "Give its forward a `cache=None` (docs/deploy.md, three lines), or pass cache=False: "
-            "then every token computes the whole prefix anew."
+            "Give its forward a `cache=None` (docs/deploy.md, three lines), or pass cache=False "
+            "(bfmoe run: --cache false): then every token computes the whole prefix anew."
         )
     raise ConfigError(
         "a model that decodes with a cache takes one in forward(tokens, cache=None)",

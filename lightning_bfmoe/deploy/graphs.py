@@ -18,15 +18,20 @@ class GraphedStep:
             it does not wait for the GPU.
         example: An input; replays read it from here.
         state: What the function moves on: put back after the trial runs.
+        alive: What it reads besides; held as long as the graph, which knows only addresses.
 
     Raises:
         BFMoEError: The function cannot be captured.
     """
 
     def __init__(
-        self, function: Callable[[Tensor], Tensor], example: Tensor, state: Sequence[Tensor]
+        self,
+        function: Callable[[Tensor], Tensor],
+        example: Tensor,
+        state: Sequence[Tensor],
+        alive: object = None,
     ) -> None:
-        self._input = example
+        self._input, self._alive = example, alive
         before = [tensor.clone() for tensor in state]
 
         def put_back() -> None:

@@ -26,13 +26,6 @@ class ByHand(L.LightningModule):
         return self.layer(x)
 
 
-class Mute(GPT):
-    """Its method takes other arguments."""
-
-    def generate(self, prompt):
-        return prompt
-
-
 @pytest.fixture(autouse=True)
 def _wide_console(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
@@ -182,29 +175,61 @@ def test_run_continues_a_prompt(packed, capsys):
     prompt = torch.tensor(list(b"ab"))
     ids = load_packed(packed, GPT(**INIT)).generate(prompt, 5, temperature=0)
     assert first == bytes(ids.tolist()).decode(errors="replace") + "\n"
-    assert main([*command, "--prompt", "much longer than the context, ä", "--seed", "1"]) == 0
-    assert capsys.readouterr().out.startswith("much longer than the context, ä")
+    assert main([*command, "--temperature", "0", "--low-memory"]) == 0
+    assert capsys.readouterr().out == first
+    assert main([*command, "--temperature", "0", "--cache", "false"]) == 0
+    assert capsys.readouterr().out == first
+    assert main(["run", str(packed), "--module", CLASS, "--prompt", "nä", "--seed", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("nä") and len(out.encode()) > 8  # the context is full
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         (["--module", "lightning_bfmoe.demo:ByteModel", "--prompt", "a"], "must be buildable"),
-        (["--module", f"{__name__}:Silent", "--prompt", "a"], "Silent without one"),
-        (["--module", f"{__name__}:Mute", "--prompt", "a"], "continues int64 ids"),
+        (["--module", f"{__name__}:Silent", "--prompt", "a"], "its place in the model"),
+        (["--module", f"{__name__}:NoCache", "--prompt", "a"], "--cache false"),
         (["--module", CLASS], "at least one token"),
         (["--module", CLASS, "--prompt", "\udcff"], "not UTF-8"),
-        (["--module", CLASS, "--prompt", "a", "--num_tokens", "0"], "num_tokens must be >= 1"),
+        (["--module", CLASS, "--prompt", "nine byte"], "fit the context of 8 tokens"),
+        (["--module", CLASS, "--prompt", "a", "--num-tokens", "8"], "1 tokens and 8 new"),
+        (["--module", CLASS, "--prompt", "a", "--num_tokens", "0"], "max_new_tokens is a count"),
+        (["--module", CLASS, "--prompt", "a", "--temperature", "-1"], "temperature is a finite"),
         (["--module", CLASS, "--prompt", "a", "--tokenizer", "no.json"], "a tokenizer is a JSON"),
-        (["--module", CLASS, "--prompt", "z", "--init", '{"vocab_size": 50}'], "knows 50 tokens"),
+        (["--module", CLASS, "--prompt", "a", "--device", "abacus"], "device names one that"),
+        (["--module", CLASS, "--prompt", "a", "--context", "9"], "the model says 8"),
     ],
 )
 def test_run_says_what_is_wrong(options, match, packed, capsys):
     assert match in refused(capsys, "run", packed, *options)
 
 
+def test_run_refuses_tokens_that_the_model_does_not_know(tmp_path, capsys):
+    model = GPT(**{**INIT, "vocab_size": 50})
+    swap_feed_forward(model, num_experts=3)
+    pack(model, tmp_path / "small.bfmoe")
+    command = ["run", tmp_path / "small.bfmoe", "--module", CLASS, "--prompt", "z"]
+    assert "knows the tokens 0 .. 49" in refused(capsys, *command)
+
+
+def test_run_continues_with_a_class_that_has_no_cache(packed, capsys):
+    command = ["run", str(packed), "--prompt", "ab", "--temperature", "0"]
+    assert main([*command, "--module", CLASS]) == 0
+    first = capsys.readouterr().out
+    assert main([*command, "--module", f"{__name__}:NoCache", "--cache", "false"]) == 0
+    assert capsys.readouterr().out == first
+
+
+class NoCache(GPT):
+    """Its forward takes ids alone."""
+
+    def forward(self, tokens):
+        return super().forward(tokens)
+
+
 class Silent(nn.Module):
-    """Takes any arguments, generates nothing."""
+    """Takes any arguments, holds nothing."""
 
     def __init__(self, **settings):
         super().__init__()
