@@ -2,7 +2,9 @@
 
 from lightning_bfmoe.callbacks.angle_warmup import AngleWarmup
 from lightning_bfmoe.callbacks.butterfly_moe import ButterflyMoECallback
+from lightning_bfmoe.callbacks.notebook_monitor import NotebookMonitor
 from lightning_bfmoe.callbacks.orbit_recorder import OrbitRecorder
+from lightning_bfmoe.callbacks.outlier_dashboard import OutlierDashboard
 from lightning_bfmoe.callbacks.outliers import ActivationOutliers
 from lightning_bfmoe.callbacks.packed_checkpoint import PackedCheckpoint
 from lightning_bfmoe.callbacks.router_balance import RouterBalance
@@ -14,7 +16,9 @@ __all__ = [
     "AngleWarmup",
     "ButterflyMoECallback",
     "ExpertUsage",
+    "NotebookMonitor",
     "OrbitRecorder",
+    "OutlierDashboard",
     "PackedCheckpoint",
     "RouterBalance",
     "TernarySchedule",
