@@ -50,6 +50,10 @@ class PackedFileError(BFMoEError):
     """A packed file is damaged, foreign, newer than this library, or does not fit the model."""
 
 
+class ExportError(BFMoEError):
+    """A model cannot be exported, or an exported folder cannot be run."""
+
+
 class CheckpointError(BFMoEError):
     """A training checkpoint does not fit the model or the callback's settings."""
 

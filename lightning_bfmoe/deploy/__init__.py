@@ -2,6 +2,7 @@
 
 from lightning_bfmoe.deploy.cache import KVCache
 from lightning_bfmoe.deploy.devices import DEVICES
+from lightning_bfmoe.deploy.export import ExportReport, export_onnx
 from lightning_bfmoe.deploy.format import read_packed
 from lightning_bfmoe.deploy.generate import Continuation, Step, TokenGenerator
 from lightning_bfmoe.deploy.inspect import inspect_packed
@@ -15,6 +16,7 @@ from lightning_bfmoe.deploy.verify import Verified, verify_packed
 
 __all__ = [
     "DEVICES",
+    "ExportReport",
     "Continuation",
     "KVCache",
     "MemoryPlan",
@@ -27,6 +29,7 @@ __all__ = [
     "Verified",
     "check_choices",
     "experts_that_fit",
+    "export_onnx",
     "inspect_packed",
     "load_packed",
     "pack",

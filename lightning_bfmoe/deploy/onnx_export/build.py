@@ -1,0 +1,68 @@
+"""A small writer of ONNX nodes: constants kept once a graph, new nodes collected in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+class Builder:
+    """Collects the nodes that will replace one opaque node.
+
+    Args:
+        graph: The main graph, which holds the constants.
+        prefix: Start of the new values' names.
+    """
+
+    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+        import onnx_ir
+
+        self.ir, self.graph, self.prefix = onnx_ir, graph, prefix
+        self.nodes: list[ir.Node] = []
+
+    def __call__(
+        self,
+        op: str,
+        *inputs: ir.Value | None,
+        domain: str = "",
+        outputs: int = 1,
+        **attributes: Any,
+    ) -> Any:
+        """One node; returns its value, or a list when it has several outputs."""
+        node = self.ir.node(op, list(inputs), attributes, domain=domain, num_outputs=outputs)
+        for number, value in enumerate(node.outputs):
+            value.name = f"{self.prefix}/{len(self.nodes)}_{op}" + (f".{number}" if number else "")
+        node.name = f"{self.prefix}/{len(self.nodes)}_{op}"
+        self.nodes.append(node)
+        return node.outputs[0] if outputs == 1 else list(node.outputs)
+
+    def const(self, values: Any, dtype: Any = np.int64) -> ir.Value:
+        """A constant; equal ones are one."""
+        array = np.asarray(values, dtype=dtype)
+        name = f"const_{array.dtype}_{'x'.join(map(str, array.shape))}_{_digest(array)}"
+        if name not in self.graph.initializers:
+            tensor = self.ir.tensor(array, name=name)
+            value = self.ir.Value(
+                name=name,
+                type=self.ir.TensorType(tensor.dtype),
+                shape=self.ir.Shape(array.shape),
+                const_value=tensor,
+            )
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def reshape(self, x: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """0 keeps the size of an axis, -1 fills."""
+        value: ir.Value = self("Reshape", x, self.const(list(shape)))
+        return value
+
+
+def _digest(array: np.ndarray) -> str:
+    import hashlib
+
+    return hashlib.sha256(array.tobytes()).hexdigest()[:12]
