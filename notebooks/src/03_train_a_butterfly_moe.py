@@ -306,8 +306,8 @@ plt.show()
 # ## Longer, and larger
 #
 # Two recorded comparisons (`benchmarks/accuracy.py`): *small* is about this size, twice as long;
-# *full* is 4 layers of $d=256$ on 20 million bytes, on one H100. Lower left is better; "64 top-4" is
-# 64 experts of which a token visits 4.
+# *full* is 4 layers of $d=256$ on 20 million bytes, on one H100. Lower left is better; "64 top-4"
+# is 64 experts of which a token visits 4.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 KINDS = {"butterfly": GREEN, "ternary dense": ORANGE, "ternary standard": PINK}
