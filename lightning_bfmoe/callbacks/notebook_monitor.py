@@ -26,13 +26,15 @@ class NotebookMonitor(LiveChart):
 
     Lightning's progress bars are widgets, which leave nothing in a saved notebook; this leaves the
     last chart. The training loss is taken from `training_step` itself (on rank zero), so that a
-    module which logs in validation only, or nothing at all, has a curve too. Where there is no notebook it prints a
-    line of text. No logger is needed. Drawing takes at most `budget` of the time (see `LiveChart`);
-    between drawings a step costs an addition on the device. Charts go on after a resume.
+    module which logs in validation only, or nothing at all, has a curve too. No logger is needed.
+    Where there is no notebook it prints a line of text. Drawing takes at most `budget` of the time
+    (see `LiveChart`); between drawings a step costs an addition on the device. Charts go on after a
+    resume.
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[NotebookMonitor()], logger=False, enable_progress_bar=False)
+        >>> monitor = NotebookMonitor()
+        >>> trainer = Trainer(callbacks=[monitor], enable_progress_bar=False, logger=False)
 
     Args:
         metrics: Patterns (`fnmatch`) of logged values to draw beside the training loss; those that
@@ -101,7 +103,7 @@ class NotebookMonitor(LiveChart):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._active and not trainer.sanity_checking:
-            self._take_logged(trainer)
+            self.collect(trainer)
             self.draw_when_due(trainer)
 
     def collect(self, trainer: pl.Trainer) -> None:

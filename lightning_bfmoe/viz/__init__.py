@@ -8,15 +8,21 @@ import importlib
 from typing import Any
 
 _NAMES = {
+    "ExpertMap": "expert_map",
     "ExplorerData": "explorer_data",
     "OrbitExplorer": "explorer",
     "Recording": "recording",
+    "RoutingView": "routing_view",
     "Snapshot": "recording",
     "distances": "orbits",
+    "embed_experts": "expert_embedding",
+    "expert_figure": "expert_picture",
     "explorer_figure": "explorer_figure",
     "export_explorer": "export",
     "read_recording": "recording",
     "record_model": "snapshot",
+    "routing_figure": "routing_picture",
+    "trace_routes": "routes",
 }
 
 __all__ = sorted(_NAMES)  # noqa: PLE0605

@@ -17,7 +17,19 @@ import pytest
 HOUSE = [
     (
         5,
-        ["callbacks", "strategy", "cli", "cli_packed", "demo", "checkpoint", "calibrated", "prepared"],
+        [
+            "callbacks",
+            "strategy",
+            "cli",
+            "cli_packed",
+            "cli_export",
+            "demo",
+            "checkpoint",
+            "calibrated",
+            "widgets",
+            "prepared",
+            "selected",
+        ],
         "all that imports lightning",
     ),
     (4, ["plan"], "when: step -> lambda, angle factor, phase; parameter groups"),
