@@ -83,4 +83,35 @@ class Buffer {
   T* data_;
 };
 
+// At least n numbers that this thread keeps for its next call: fresh pages cost more than a small
+// product. One place for each purpose; a thread that ends gives them back.
+template <typename T, int kPlace>
+T* kept(int64_t n) {
+  thread_local std::unique_ptr<Buffer<T>> buffer;
+  thread_local int64_t size = 0;
+  if (n > size) {
+    buffer.reset();
+    buffer.reset(new Buffer<T>(n));
+    size = n;
+  }
+  return buffer->get();
+}
+
+// Work in equal items, done by all threads together: item(i) for each i, and on when all are done.
+class Together {
+ public:
+  template <typename Item>
+  void operator()(int64_t items, const Item& item) {
+    for (int64_t i; (i = next_.fetch_add(1)) < items;) {
+      item(i);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+    while (done_.load(std::memory_order_acquire) < items) std::this_thread::yield();
+  }
+
+ private:
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
+};
+
 }  // namespace bfmoe

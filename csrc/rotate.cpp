@@ -125,7 +125,7 @@ struct Desk {
 
   Desk(const Plan& p, bool gradients)
       : plan(p), size(p.stages * (p.d / 2)),
-        scratch(new T[(gradients ? 4 : 2) * kBlock * p.pitch]),
+        scratch(gradients ? new T[4 * kBlock * p.pitch] : nullptr),
         turned(gradients ? new T[size]() : nullptr), sum(gradients ? size : 0) {}
 
   Table<T> look_up(const T* angles) {
@@ -146,6 +146,7 @@ struct Desk {
         return;
       }
     const Table<T> cosines = look_up(angles);
+    if (!scratch) scratch.reset(new T[2 * kBlock * plan.pitch]);
     AT_BEST_LEVEL(forward<T>(plan, x, y, rows, cosines, scratch.get(), inverse));
   }
 
@@ -286,7 +287,7 @@ void widen(const uint16_t* from, float* to, int64_t n) { AT_BEST_LEVEL(widen(fro
 
 }  // namespace bfmoe
 
-// --- The interface. Change bfmoe_abi_version with it, here and in kernels/cpu.py. ---
+// --- The interface. Change bfmoe_abi_version with it, here and in kernels/library.py. ---
 
 EXPORT int bfmoe_abi_version() { return 2; }
 

@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t kTileRows = 256;
 constexpr int kWords = 8;   // 32-bit words of a chunk
 constexpr int kBlocks = 4;  // blocks of rows that share the load of a table
+constexpr int64_t kAtOnce = 32;  // rows of x whose tables are in memory
 
 struct Format {
   int64_t lanes, fields, columns;  // rows of a block; fields of a word; columns of a field
@@ -56,9 +57,8 @@ Shape shape_of(int64_t d_out, int64_t d_in) {
 
 namespace {
 
-// --- From trits to the layout, and back. ---
+// --- From trits to the layout. ---
 
-// The place of the field of row o and column k, as a byte offset and a digit's shift or weight.
 void lay_out(const int8_t* trits, int64_t d_out, int64_t d_in, uint8_t* out) {
   const Shape shape = shape_of(d_out, d_in);
   const Format f = format();
@@ -110,14 +110,13 @@ TARGET_AVX512 void build_triples(const float* x, int64_t count, int64_t stride, 
 
 // Sums start anew with each word: the shorter the chain, the smaller the rounding error.
 template <int R>
-TARGET_AVX512 void chunk_avx512(const uint8_t* data, const float* tables, float* y, int64_t pitch,
-                                bool first) {
+TARGET_AVX512 void chunk_avx512(const uint8_t* data, const float* tables, float* y, bool first) {
   __m512 sum[R][kBlocks];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int b = 0; b < kBlocks; ++b)
-      sum[r][b] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(y + r * pitch + 16 * b);
+      sum[r][b] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(y + r * kTileRows + 16 * b);
   for (int word = 0; word < kWords; ++word, data += 64 * kBlocks) {
     __m512i code[kBlocks];
     __m512 part[R][kBlocks];
@@ -149,18 +148,17 @@ TARGET_AVX512 void chunk_avx512(const uint8_t* data, const float* tables, float*
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int b = 0; b < kBlocks; ++b) _mm512_storeu_ps(y + r * pitch + 16 * b, sum[r][b]);
+    for (int b = 0; b < kBlocks; ++b) _mm512_storeu_ps(y + r * kTileRows + 16 * b, sum[r][b]);
 }
 
 // --- AVX2: a column a field; the trit itself is looked up, and multiplied. ---
 
 template <int R>
-TARGET_AVX2 void chunk_avx2(const uint8_t* data, const float* x, float* y, int64_t pitch,
-                            bool first) {
+TARGET_AVX2 void chunk_avx2(const uint8_t* data, const float* x, float* y, bool first) {
   // the look-up reads 3 bits of a lane: this field's 2, and one of the next that does not matter
   const __m256 trits = _mm256_setr_ps(-1, 0, 1, 0, -1, 0, 1, 0);
   for (int r = 0; r < R && first; ++r)
-    for (int b = 0; b < kBlocks; ++b) _mm256_storeu_ps(y + r * pitch + 8 * b, _mm256_setzero_ps());
+    for (int b = 0; b < kBlocks; ++b) _mm256_storeu_ps(y + r * kTileRows + 8 * b, _mm256_setzero_ps());
   for (int word = 0; word < kWords; ++word, data += 32 * kBlocks) {
     __m256i code[kBlocks];
     __m256 part[R][kBlocks];
@@ -180,7 +178,7 @@ TARGET_AVX2 void chunk_avx2(const uint8_t* data, const float* x, float* y, int64
     }
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < kBlocks; ++b) {
-        float* to = y + r * pitch + 8 * b;
+        float* to = y + r * kTileRows + 8 * b;
         _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), part[r][b]));
       }
   }
@@ -200,7 +198,7 @@ void build_fives(const float* x, int64_t count, int64_t stride, float* tables) {
 }
 
 template <int R>
-void chunk_base(const uint8_t* data, const float* tables, float* y, int64_t pitch, bool first) {
+void chunk_base(const uint8_t* data, const float* tables, float* y, bool first) {
   constexpr int kBytes = 4 * kWords;
   for (int b = 0; b < kBlocks; ++b) {
     const uint8_t* code = data + 4 * b;
@@ -211,66 +209,87 @@ void chunk_base(const uint8_t* data, const float* tables, float* y, int64_t pitc
         for (int j = 0; j < 4; ++j, table += 243 * R)
           sum[j] += table[code[4 * kBlocks * word + j]];
       const float total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-      y[r * pitch + b] = first ? total : y[r * pitch + b] + total;
+      y[r * kTileRows + b] = first ? total : y[r * kTileRows + b] + total;
     }
   }
   static_assert(kBytes == 32, "a chunk of bytes is 8 words");
 }
 
+// The row sums of one tile, for R rows of x.
 template <int R>
-void multiply(const Shape& shape, const uint8_t* data, const float* tables, float* y,
-              int64_t pitch) {
-  const Format f = format();
-  const int64_t group = f.lanes * kBlocks, bytes = group * kWords * 4;
+void multiply(const Shape& shape, const uint8_t* data, const float* tables, float* sums) {
+  const int64_t group = format().lanes * kBlocks, bytes = group * kWords * 4;
   for (int64_t chunk = 0; chunk < shape.chunks; ++chunk, tables += R * shape.table)
     for (int64_t row = 0; row < shape.tile; row += group, data += bytes) {
       const bool first = chunk == 0;
 #if defined(__x86_64__)
       if (level() == 2) {
-        chunk_avx512<R>(data, tables, y + row, pitch, first);
+        chunk_avx512<R>(data, tables, sums + row, first);
         continue;
       }
       if (level() == 1) {
-        chunk_avx2<R>(data, tables, y + row, pitch, first);
+        chunk_avx2<R>(data, tables, sums + row, first);
         continue;
       }
 #endif
-      chunk_base<R>(data, tables, y + row, pitch, first);
+      chunk_base<R>(data, tables, sums + row, first);
     }
 }
 
 }  // namespace
 
-void build_tables(const Shape& shape, const float* x, int64_t pitch, int64_t rows, int64_t d_in,
-                  float* tables) {
+void build_tables(const Shape& shape, const float* x, int64_t rows, int64_t d_in, int64_t r,
+                  int64_t part, float* tables) {
   const Format f = format();
-  const int64_t width = shape.chunks * shape.chunk, fields = width / f.columns;
-  Buffer<float> padded(width);
-  std::memset(padded.get(), 0, width * sizeof(float));
-  for (int64_t r = 0; r < rows; ++r) {
-    std::memcpy(padded.get(), x + r * pitch, d_in * sizeof(float));
-    float* to = tables + r * f.table;
+  const int64_t some = std::min(kTogether, rows - r);
+  const int64_t from = shape.chunks * part / kParts, to = shape.chunks * (part + 1) / kParts;
+  const int64_t first = from * shape.chunk, width = (to - from) * shape.chunk;
+  if (width == 0) return;
+  float* padded = kept<float, 0>(width);
+  for (int64_t i = 0; i < some; ++i) {
+    const int64_t real = std::min(d_in - first, width), stride = some * f.table;
+    std::memcpy(padded, x + (r + i) * d_in + first, real * sizeof(float));
+    std::memset(padded + real, 0, (width - real) * sizeof(float));
+    float* out = tables + r * shape.chunks * shape.table + from * some * shape.table + i * f.table;
+    const int64_t fields = width / f.columns;
 #if defined(__x86_64__)
     if (level() == 2) {
-      build_triples(padded.get(), fields, rows * f.table, to);
+      build_triples(padded, fields, stride, out);
       continue;
     }
     if (level() == 1) {
-      for (int64_t i = 0; i < fields; ++i) to[i * rows] = padded[i];
+      for (int64_t j = 0; j < fields; ++j) out[j * stride] = padded[j];
       continue;
     }
 #endif
-    build_fives(padded.get(), fields, rows * f.table, to);
+    build_fives(padded, fields, stride, out);
   }
 }
 
-void multiply_tile(const Shape& shape, const uint8_t* data, int64_t tile, const float* tables,
-                   int64_t rows, float* y, int64_t pitch) {
-  data += tile * shape.chunks * shape.bytes;
-  if (rows == 1)
-    multiply<1>(shape, data, tables, y, pitch);
-  else
-    multiply<2>(shape, data, tables, y, pitch);
+void multiply_tile(const Shape& shape, const Matrix& matrix, int64_t tile, const float* tables,
+                   int64_t rows, float* y) {
+  const uint8_t* data = matrix.data + tile * shape.chunks * shape.bytes;
+  const int64_t first = tile * shape.tile, count = std::min(shape.tile, matrix.d_out - first);
+  const float* alpha = matrix.alpha + first * matrix.alpha_step;
+  alignas(64) float sums[kTogether * kTileRows];
+  for (int64_t r = 0; r < rows; r += kTogether) {
+    const int64_t some = std::min(kTogether, rows - r);
+    const float* of_rows = tables + r * shape.chunks * shape.table;
+    if (some == 1)
+      multiply<1>(shape, data, of_rows, sums);
+    else
+      multiply<2>(shape, data, of_rows, sums);
+    for (int64_t i = 0; i < some; ++i) {
+      float* out = y + (r + i) * matrix.d_out + first;
+      for (int64_t o = 0; o < count; ++o)
+        out[o] = alpha[o * matrix.alpha_step] * sums[i * kTileRows + o];
+    }
+  }
+}
+
+int64_t useful_threads(const Shape& shape, const Matrix& matrix, int64_t rows, int64_t asked) {
+  const int64_t work = rows * matrix.d_out * matrix.d_in;
+  return std::max<int64_t>(1, std::min({asked, work >> 22, shape.tiles}));
 }
 
 }  // namespace bfmoe
@@ -293,30 +312,17 @@ EXPORT void bfmoe_ternary_lay_out(const int8_t* trits, int64_t d_out, int64_t d_
 EXPORT void bfmoe_ternary_linear(const uint8_t* data, const float* alpha, int64_t alpha_step,
                                  const float* x, float* y, int64_t rows, int64_t d_out,
                                  int64_t d_in, int64_t threads) {
+  const Matrix matrix{data, alpha, alpha_step, d_out, d_in};
   const Shape shape = shape_of(d_out, d_in);
-  const int64_t size = shape.chunks * shape.table;  // of one row's tables
-  Buffer<float> tables(rows * size);
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> ready{false};
-  const int64_t work = rows * d_out * d_in;
-  threads = std::clamp<int64_t>(std::min(work >> 22, shape.tiles), 1, threads);
-  run(threads, [&](int64_t t) {
-    if (t == 0) {
-      for (int64_t r = 0; r < rows; r += kMostRows)
-        build_tables(shape, x + r * d_in, d_in, std::min(kMostRows, rows - r), d_in,
-                     tables.get() + r * size);
-      ready.store(true, std::memory_order_release);
-    }
-    while (!ready.load(std::memory_order_acquire)) std::this_thread::yield();
-    Buffer<float> sums(kMostRows * shape.tile);
-    for (int64_t tile; (tile = next.fetch_add(1)) < shape.tiles;)
-      for (int64_t r = 0; r < rows; r += kMostRows) {
-        const int64_t some = std::min(kMostRows, rows - r), first = tile * shape.tile;
-        multiply_tile(shape, data, tile, tables.get() + r * size, some, sums.get(), shape.tile);
-        const int64_t count = std::min(shape.tile, d_out - first);
-        for (int64_t i = 0; i < some; ++i)
-          for (int64_t o = 0; o < count; ++o)
-            y[(r + i) * d_out + first + o] = alpha[(first + o) * alpha_step] * sums[i * shape.tile + o];
-      }
-  });
+  float* tables = kept<float, 1>(std::min(rows, kAtOnce) * shape.chunks * shape.table);
+  for (int64_t r = 0; r < rows; r += kAtOnce, x += kAtOnce * d_in, y += kAtOnce * d_out) {
+    const int64_t some = std::min(kAtOnce, rows - r), pairs = (some + kTogether - 1) / kTogether;
+    Together build, multiply;
+    run(useful_threads(shape, matrix, some, threads), [&](int64_t) {
+      build(pairs * kParts, [&](int64_t i) {
+        build_tables(shape, x, some, d_in, i / kParts * kTogether, i % kParts, tables);
+      });
+      multiply(shape.tiles, [&](int64_t i) { multiply_tile(shape, matrix, i, tables, some, y); });
+    });
+  }
 }

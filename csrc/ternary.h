@@ -9,6 +9,8 @@ namespace bfmoe {
 // A ternary matrix as the machine reads it, made by `bfmoe_ternary_lay_out`.
 struct Matrix {
   const uint8_t* data;
+  const float* alpha;
+  int64_t alpha_step;  // 0: one scale for all rows
   int64_t d_out, d_in;
 };
 
@@ -23,15 +25,20 @@ struct Shape {
 
 Shape shape_of(int64_t d_out, int64_t d_in);
 
-// The tables of rows rows of x, (chunks, rows, table) floats: shape_of(..).chunks * rows * .table.
-void build_tables(const Shape& shape, const float* x, int64_t pitch, int64_t rows, int64_t d_in,
-                  float* tables);
+constexpr int64_t kTogether = 2;  // rows of x that share a walk through the matrix
+constexpr int64_t kParts = 4;     // in which the tables of such rows may be built
 
-// Row sums of one tile: y[r * pitch + o] = sum over k of T[o, k] x[r, k] for the tile's rows o.
-// y has room for shape.tile numbers behind each row's start.
-void multiply_tile(const Shape& shape, const uint8_t* data, int64_t tile, const float* tables,
-                   int64_t rows, float* y, int64_t pitch);
+// Part of the tables of x (rows, d_in), for the pair of rows that starts at row r.
+// `tables` holds shape.chunks * shape.table floats for each row of x.
+void build_tables(const Shape& shape, const float* x, int64_t rows, int64_t d_in, int64_t r,
+                  int64_t part, float* tables);
 
-constexpr int64_t kMostRows = 2;  // of one call of build_tables and multiply_tile: more would spill
+// y[r, o] = alpha[o * alpha_step] * sum over k of T[o, k] x[r, k] for all rows r of x and the rows o
+// of one tile, y (rows, d_out).
+void multiply_tile(const Shape& shape, const Matrix& matrix, int64_t tile, const float* tables,
+                   int64_t rows, float* y);
+
+// Threads that are worth their start.
+int64_t useful_threads(const Shape& shape, const Matrix& matrix, int64_t rows, int64_t asked);
 
 }  // namespace bfmoe

@@ -1,6 +1,19 @@
 """Floor 1: faster implementations of floor 0's operations, same results, one dispatch table."""
 
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, describe, kernels, register, use_kernel
+from lightning_bfmoe.kernels.linear import PackedLinear, packed_linear
 from lightning_bfmoe.kernels.rotation import rotate
+from lightning_bfmoe.kernels.ternary import ternary_linear
 
-__all__ = ["Kernel", "choose", "describe", "kernels", "register", "rotate", "use_kernel"]
+__all__ = [
+    "Kernel",
+    "PackedLinear",
+    "choose",
+    "describe",
+    "kernels",
+    "packed_linear",
+    "register",
+    "rotate",
+    "ternary_linear",
+    "use_kernel",
+]

@@ -1,89 +1,15 @@
-"""The fused rotation on the CPU: an opaque torch op around the compiled `csrc/rotate.cpp`.
+"""The fused rotation on the CPU: an opaque torch op around the compiled `csrc/rotate.cpp`."""
 
-The library is built when the package is installed and a C++ compiler is there (`hatch_build.py`).
-It is looked up when it is first wanted; without it the other kernels run. The environment variable
-`BFMOE_CPU_LIBRARY` names another file, or is empty to do without.
-"""
-
-import ctypes
 import functools
-import os
-import sys
-import threading
-import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lightning_bfmoe.errors import BFMoEError, ShapeError
 from lightning_bfmoe.functional.routing import ExpertGroups
+from lightning_bfmoe.kernels.library import library, missing_cpu
 
-ABI_VERSION = 2  # that of csrc/rotate.cpp
-BUILT = Path(__file__).with_name(
-    "_bfmoe_cpu" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-)
-
-_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
-_TAIL = [_SIZE, _SIZE, ctypes.c_int, _SIZE]  # rows, experts, inverse, threads
 _NAMES = {torch.float32: "f32", torch.float64: "f64"}
-
-_lock = threading.Lock()
-_found: tuple[ctypes.CDLL | None, str] | None = None
-
-
-def _library() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and why not; looked up once a process."""
-    global _found
-    if _found is None:
-        with _lock:
-            if _found is None:
-                _found = load_library(Path(os.environ.get("BFMOE_CPU_LIBRARY", BUILT)))
-    return _found
-
-
-def load_library(path: Path) -> tuple[ctypes.CDLL | None, str]:
-    """Load a compiled library and check that it speaks our interface.
-
-    Args:
-        path: The file; the empty path means none is wanted.
-
-    Returns:
-        The library and "", or None and the reason in a few words. A file that is there and cannot
-        be used is also warned about: it is slower without, and easily repaired.
-    """
-    if path == Path():
-        return None, "switched off by BFMOE_CPU_LIBRARY"
-    if not path.exists():
-        return None, "not compiled: no C++ compiler when the package was installed, or it failed"
-    try:
-        library = ctypes.CDLL(str(path.resolve()))
-        version = library.bfmoe_abi_version()
-        reason = f"it has interface version {version}, this package needs {ABI_VERSION}"
-        if version == ABI_VERSION:
-            for suffix in _NAMES.values():
-                getattr(library, f"bfmoe_rotate_{suffix}").argtypes = [_POINTER] * 5 + _TAIL
-                getattr(library, f"bfmoe_rotate_backward_{suffix}").argtypes = [
-                    _POINTER
-                ] * 7 + _TAIL
-            library.bfmoe_plan.argtypes = [_SIZE, _SIZE]
-            library.bfmoe_plan.restype = _POINTER
-            return library, ""
-    except (OSError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-    warnings.warn(
-        f"the compiled CPU kernels {path.name} cannot be used, slower ones run: {reason}. "
-        "Reinstall lightning-bfmoe to compile them again, or set BFMOE_CPU_LIBRARY= to do without.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return None, f"unusable: {reason}"
-
-
-@torch.compiler.assume_constant_result
-def missing_cpu() -> str:
-    """Why the compiled library cannot be used; empty when it can."""
-    return _library()[1]
 
 
 def suits_cpu(x: Tensor, angles: Tensor, groups: ExpertGroups) -> bool:
@@ -105,28 +31,21 @@ def rotate_cpu(x: Tensor, angles: Tensor, groups: ExpertGroups, inverse: bool = 
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(d: int, stages: int) -> int:
+def plan(d: int, stages: int) -> int:
     """The network of one width, made by the library and kept until the process ends."""
-    library, reason = _library()
-    if library is None:
-        raise BFMoEError(
-            "the kernel 'cpu' needs its compiled library",
-            got=reason,
-            fix="Reinstall with a C++ compiler, or take another kernel.",
-        )
-    return library.bfmoe_plan(d, stages)
+    return library().bfmoe_plan(d, stages)
 
 
 def _call(name: str, x: Tensor, angles: Tensor, counts: Tensor, inverse: bool, *others: Tensor):
     """Hand contiguous tensors to the library: `others` are (input gradients..., outputs...)."""
     (rows, d), (experts, stages, _) = x.shape, angles.shape
-    plan = _plan(d, stages)
-    function = getattr(_library()[0], f"{name}_{_NAMES[x.dtype]}")
+    network = plan(d, stages)
+    function = getattr(library(), f"{name}_{_NAMES[x.dtype]}")
     counts = counts.to(torch.int64).contiguous()
     outputs = 1 if len(others) == 1 else 2
     tensors = [x, *others[:-outputs], angles, counts, *others[-outputs:]]
     failed = function(
-        plan, *(t.data_ptr() for t in tensors), rows, experts, inverse, torch.get_num_threads()
+        network, *(t.data_ptr() for t in tensors), rows, experts, inverse, torch.get_num_threads()
     )
     if failed:
         raise ShapeError(

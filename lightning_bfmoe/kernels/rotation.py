@@ -7,9 +7,10 @@ from lightning_bfmoe.errors import ShapeError
 from lightning_bfmoe.functional.butterfly import apply_butterfly, check_angles
 from lightning_bfmoe.functional.routing import ExpertGroups
 from lightning_bfmoe.kernels.blocks import rotate_blocks
-from lightning_bfmoe.kernels.cpu import missing_cpu, rotate_cpu, suits_cpu
+from lightning_bfmoe.kernels.cpu import rotate_cpu, suits_cpu
 from lightning_bfmoe.kernels.cuda import rotate_cuda, suits_cuda
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, register
+from lightning_bfmoe.kernels.library import missing_cpu
 
 
 def rotate(x: Tensor, angles: Tensor, groups: ExpertGroups, inverse: bool = False) -> Tensor:

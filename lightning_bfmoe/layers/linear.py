@@ -2,13 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_bfmoe.errors import ShapeError
 from lightning_bfmoe.functional.activation_quant import check_bits, quantize_activations
 from lightning_bfmoe.functional.butterfly import apply_butterfly
 from lightning_bfmoe.functional.routing import ExpertGroups, group_by_expert
-from lightning_bfmoe.kernels import rotate
+from lightning_bfmoe.kernels import PackedLinear, packed_linear, rotate
 from lightning_bfmoe.layers.coded import gain_values
 from lightning_bfmoe.layers.precision import KeepsFloat32
 from lightning_bfmoe.layers.rotation import Rotation
@@ -85,12 +84,23 @@ class ButterflyLinear(KeepsFloat32):
 
     def forward(self, x: Tensor, groups: ExpertGroups) -> Tensor:
         """Rows (rows, d_in), sorted by expert, to (rows, d_out) in the dtype of `x`."""
+        substrate = self.substrate
+        if isinstance(substrate, Substrate) or not substrate.keeps or self.activation_bits:
+            return self._parts(x, groups)
+        gains = [None if g is None else gain_values(g) for g in (self.gain_in, self.gain_out)]
+        numbers = PackedLinear(
+            substrate.packed, substrate.alpha, self.d_in, self.d_out, substrate.bits,
+            self.rotate_in.angles, self.rotate_out.angles, *gains, self.bias,
+        )  # fmt: skip
+        return packed_linear(x, groups, numbers, self._parts)
+
+    def _parts(self, x: Tensor, groups: ExpertGroups) -> Tensor:
         if self.gain_in is not None:
             x = x * gain_values(self.gain_in).to(x.dtype).index_select(0, groups.expert)
         x = self.rotate_in(x, groups, inverse=True)  # (rows, d_in)
         if self.activation_bits is not None:
             x = quantize_activations(x, self.activation_bits, self.substrate.blend)
-        y = F.linear(x, self.substrate.weight(x.dtype))  # (rows, d_out)
+        y = self.substrate.linear(x)  # (rows, d_out)
         y = self.rotate_out(y, groups)
         if self.gain_out is not None:
             y = y * gain_values(self.gain_out).to(y.dtype).index_select(0, groups.expert)

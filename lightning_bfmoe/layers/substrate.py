@@ -13,6 +13,7 @@ from lightning_bfmoe.functional.ternary import (
     quantize_ternary,
     ternarize,
 )
+from lightning_bfmoe.kernels import ternary_linear
 from lightning_bfmoe.layers.precision import KeepsFloat32
 
 
@@ -78,6 +79,10 @@ class Substrate(KeepsFloat32):
         """
         weight = quantize_ternary(self.latent, self._blend, self.scale, self.granularity)
         return weight.to(dtype)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Rows (rows, d_in) times the effective matrix, (rows, d_out) in the dtype of `x`."""
+        return nn.functional.linear(x, self.weight(x.dtype))
 
     def ternary(self) -> tuple[Tensor, Tensor]:
         """Trits (int8) and scales, as a packed layer would hold them.
@@ -181,6 +186,12 @@ class PackedSubstrate(nn.Module):
             with torch.inference_mode(False):  # an inference tensor could not be reused in training
                 self._cache = (key, dequantize_ternary(*self.ternary(), dtype))
         return self._cache[1]
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Rows (rows, d_in) times the matrix; a few rows on the CPU straight from the trits."""
+        if not self.keeps:
+            return nn.functional.linear(x, self.weight(x.dtype))
+        return ternary_linear(x, self.packed, self.alpha, self.d_out, self.bits, self.weight)
 
     def _unpacked(self, dtype: torch.dtype) -> Tensor:
         """The matrix from bytes that have been checked: nothing here waits for a GPU."""

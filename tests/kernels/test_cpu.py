@@ -14,10 +14,10 @@ import torch
 from lightning_bfmoe.errors import BFMoEError, ConfigError, ShapeError
 from lightning_bfmoe.functional import group_by_expert, num_pairs, num_stages
 from lightning_bfmoe.functional.routing import ExpertGroups
-from lightning_bfmoe.kernels import cpu, describe, rotate, use_kernel
+from lightning_bfmoe.kernels import cpu, describe, library, rotate, use_kernel
 
 ROOT = Path(__file__).parents[2]
-compiled = pytest.mark.skipif(bool(cpu.missing_cpu()), reason=cpu.missing_cpu() or "-")
+compiled = pytest.mark.skipif(bool(library.missing_cpu()), reason=library.missing_cpu() or "-")
 
 
 def case(d=48, experts=3, rows=40, dtype=torch.float32, stages=None):
@@ -220,7 +220,8 @@ from lightning_bfmoe.functional import group_by_expert
 from lightning_bfmoe.kernels import rotate, use_kernel
 torch.manual_seed(0)
 for d, dtype in ((512, torch.float32), (130, torch.float64), (35, torch.float32)):
-    groups = group_by_expert(torch.randint(0, 3, (19, 1)), 3)
+    chosen = torch.tensor([0] * 15 + [1] * 3 + [2])  # many rows, a few, one
+    groups = group_by_expert(chosen[:, None], 3)
     x, angles = torch.randn(19, d, dtype=dtype), torch.randn(3, 4, d // 2, dtype=dtype)
     ours, grads = [], []
     for name in ("cpu", "reference"):
@@ -230,6 +231,8 @@ for d, dtype in ((512, torch.float32), (130, torch.float64), (35, torch.float32)
         ours.append((y, *torch.autograd.grad(y.pow(3).sum(), leaves)))
     for a, b in zip(*ours):
         assert (a - b).norm() < (2e-6 if dtype == torch.float32 else 1e-14) * b.norm()
+from tests.kernels.test_ternary import check_threads
+check_threads()
 print("same")
 """
     assert python(code, BFMOE_CPU_LEVEL=level) == "same"
@@ -256,7 +259,7 @@ print(json.dumps(rotate(*fixed_case()).tolist()))
 
 
 def test_a_missing_library_is_no_warning_and_a_broken_one_says_the_way_out(tmp_path):
-    assert cpu.load_library(tmp_path / "none.so") == (
+    assert library.load_library(tmp_path / "none.so") == (
         None,
         "not compiled: no C++ compiler when the package was installed, or it failed",
     )
@@ -265,19 +268,19 @@ def test_a_missing_library_is_no_warning_and_a_broken_one_says_the_way_out(tmp_p
     with pytest.warns(
         RuntimeWarning, match=r"broken\.so cannot be used.*Reinstall lightning-bfmoe"
     ):
-        library, reason = cpu.load_library(broken)
-    assert library is None and reason.startswith("unusable: ")
+        found, reason = library.load_library(broken)
+    assert found is None and reason.startswith("unusable: ")
 
 
 @compiled
 def test_a_library_of_another_version_is_not_used(monkeypatch):
-    monkeypatch.setattr(cpu, "ABI_VERSION", 999)
+    monkeypatch.setattr(library, "ABI_VERSION", 999)
     with pytest.warns(RuntimeWarning, match=r"interface version 2, this package needs 999.*BFMOE_"):
-        assert cpu.load_library(cpu.BUILT)[0] is None
+        assert library.load_library(library.BUILT)[0] is None
 
 
 def test_forcing_a_kernel_that_cannot_run_is_refused(monkeypatch):
-    monkeypatch.setattr(cpu, "_found", (None, "not compiled: test"))
+    monkeypatch.setattr(library, "_found", (None, "not compiled: test"))
     assert "[cannot run: not compiled: test]" in describe()
     with (
         pytest.raises(

@@ -7,7 +7,7 @@ from lightning_bfmoe.errors import ConfigError, ShapeError
 from lightning_bfmoe.functional import group_by_expert, num_pairs, num_stages
 from lightning_bfmoe.kernels import choose, describe, kernels, rotate, use_kernel
 from lightning_bfmoe.kernels.blocks import block_factor, factor_stages, tile_rows
-from lightning_bfmoe.kernels.cpu import missing_cpu
+from lightning_bfmoe.kernels.library import missing_cpu
 from lightning_bfmoe.kernels.rotation import rotate_reference
 
 FAST = [

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bfmoe.errors import CheckpointError, ConfigError, ShapeError
+from lightning_bfmoe.kernels import use_kernel
 from lightning_bfmoe.layers import (
     ButterflyExperts,
     ButterflyMoE,
@@ -201,7 +202,9 @@ def test_packed_substrate_is_exactly_the_ternary_one():
             linear.substrate = PackedSubstrate.from_substrate(linear.substrate, bits)
             linear.rotate_in.freeze(torch.float32), linear.rotate_out.freeze(torch.float32)
         with torch.inference_mode():
-            assert torch.equal(twin(x), before)
+            torch.testing.assert_close(twin(x), before)
+            with use_kernel("linear", "parts"), use_kernel("ternary", "dense"):  # the same sums
+                assert torch.equal(twin(x), before)
         assert "experts.up.substrate.latent" not in twin.state_dict()
         twin(x).sum().backward()  # what the inference pass cached must serve here too
         assert twin.router.weight.grad.abs().max() > 0
