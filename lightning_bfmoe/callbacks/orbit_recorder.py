@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_bfmoe.callbacks.recording import Interval, check_count, gather_ranks, select
+from lightning_bfmoe.callbacks.recording import Interval, check_count
 from lightning_bfmoe.callbacks.settings import resolve_patterns
 from lightning_bfmoe.callbacks.step_loss import step_loss
-from lightning_bfmoe.callbacks.usage import _Counter
+from lightning_bfmoe.callbacks.tally import Tally
 from lightning_bfmoe.errors import ConfigError
 from lightning_bfmoe.layers import moe_layers
 from lightning_bfmoe.viz.recording import Key, Recording, Snapshot, read_recording
@@ -81,11 +80,9 @@ class OrbitRecorder(pl.Callback):
         self.path = None
         self._recording: Recording | None = None
         self._rotations: dict[Key, tuple[nn.Module, int]] = {}
-        self._counters: list[_Counter] = []
-        self._handles: list[Any] = []
+        self._tally = Tally()
         self._resumed: dict[str, Any] | None = None
         self._count, self._last_step, self._warned = 0, -1, False
-        self._forget_interval()
 
     @property
     def recording(self) -> Recording:
@@ -114,13 +111,9 @@ class OrbitRecorder(pl.Callback):
         if trainer.barebones:
             return
         self._rotations = find_rotations(pl_module, self.layers, self.rotations)
-        names = list(dict.fromkeys(layer for layer, _ in self._rotations))
-        for name, layer in select(moe_layers(pl_module), self.layers, "a ButterflyMoE layer"):
-            counter = _Counter(name or "model", layer)
-            if counter.name in names:
-                handle = layer.register_forward_hook(counter.record, with_kwargs=True)
-                self._handles.append(handle)
-                self._counters.append(counter)
+        recorded = {layer for layer, _ in self._rotations}
+        layers = {name or "model": layer for name, layer in moe_layers(pl_module)}
+        self._tally.attach({name: layers[name] for name in layers if name in recorded})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._rotations:
@@ -132,7 +125,7 @@ class OrbitRecorder(pl.Callback):
         self.path = self._find_folder(trainer) / f"{self.filename}.safetensors"
         widths = {key: d for key, (_, d) in self._rotations.items()}
         self._recording = Recording(widths, [])
-        self._forget_interval()
+        self._tally.clear()
         self._count, self._last_step = 0, -1
         if resumed is not None:
             self._go_on(trainer, resumed)
@@ -145,9 +138,7 @@ class OrbitRecorder(pl.Callback):
         if not trainer.is_global_zero:
             return
         assert self._recording is not None
-        for counter in self._counters:  # the checkpoint holds the sums of all ranks
-            counter.load_list(state["loads"].get(counter.name, []))
-        self._loss_sum, self._loss_count = state["loss"]
+        self._tally.load_state_dict(state["tally"])  # the sums of all ranks
         source = next((p for p in (self.path, Path(state["path"])) if p and p.is_file()), None)
         if source is None:
             rank_zero_warn(
@@ -162,7 +153,7 @@ class OrbitRecorder(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._switch(True)
+        self._tally.switch(True)
 
     def on_train_batch_end(
         self,
@@ -172,12 +163,10 @@ class OrbitRecorder(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._switch(False)  # validation may come before the next batch
+        self._tally.switch(False)  # validation may come before the next batch
         if not self._rotations:
             return
-        loss = step_loss(trainer, pl_module, outputs)
-        if loss is not None:
-            self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
+        self._tally.add_loss(step_loss(trainer, pl_module, outputs))
         full = self.interval.is_full
         if self.interval.tick(trainer.global_step) and full:
             self._record(trainer)
@@ -190,15 +179,14 @@ class OrbitRecorder(pl.Callback):
         """Read the angles, reduce loads and loss over ranks, and write the file on rank zero."""
         assert self._recording is not None
         angles = {key: read_angles(module) for key, (module, _) in self._rotations.items()}
-        loads, loss, count = self._reduced(trainer)
+        loads, loss = self._tally.take(trainer)
         logged = self._logged(trainer)
-        self._forget_interval()
         self._last_step = self.interval.clock.step
         snapshot = Snapshot(
             self._last_step,
             {key: value.numpy() for key, value in angles.items()},
             {name: load.numpy() for name, load in loads.items()},
-            loss / count if count else math.nan,
+            loss,
             logged,
         )
         self._count += 1  # on every rank, so that all double the interval at once
@@ -225,21 +213,6 @@ class OrbitRecorder(pl.Callback):
                 rank_zero_warn(f"OrbitRecorder cannot write {self.path}: {error}")
             self._warned = True
 
-    def _reduced(self, trainer: pl.Trainer) -> tuple[dict[str, Tensor], float, int]:
-        """Loads since the last record, sum of the losses and their count, over all ranks."""
-        loads = [counter.load for counter in self._counters]
-        if trainer.world_size > 1:
-            device = loads[0].device if loads else trainer.strategy.root_device
-            loss = torch.as_tensor(self._loss_sum, dtype=torch.float64, device=device)
-            own = [*(load.double() for load in loads), loss.reshape(1)]
-            own.append(torch.full((1,), self._loss_count, dtype=torch.float64, device=device))
-            flat = gather_ranks(trainer, torch.cat(own)).sum(dim=0).cpu()
-            *loads, total, count = flat.split([*map(len, loads), 1, 1])
-            named = zip(self._counters, loads, strict=True)
-            return {c.name: load.long() for c, load in named}, total.item(), int(count)
-        named = zip(self._counters, loads, strict=True)
-        return {c.name: n.cpu().clone() for c, n in named}, float(self._loss_sum), self._loss_count
-
     def _logged(self, trainer: pl.Trainer) -> dict[str, float]:
         """Logged values that fit the patterns, finite ones only; asked on every rank."""
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -249,15 +222,10 @@ class OrbitRecorder(pl.Callback):
             if math.isfinite(value) and any(fnmatchcase(key, p) for p in self.metrics)
         }
 
-    def _forget_interval(self) -> None:
-        for counter in self._counters:
-            counter.load.zero_()
-        self._loss_sum: Tensor | float = 0.0
-        self._loss_count = 0
-
     def _check_room(self) -> None:
         """Raise when the smallest recording, four records, is too large."""
-        size = sum(2 * m.angles.numel() for m, _ in self._rotations.values())  # type: ignore[operator, union-attr]
+        modules: list[Any] = [module for module, _ in self._rotations.values()]
+        size = sum(2 * module.angles.numel() for module in modules)
         if 4 * size > self.max_bytes:
             raise ConfigError(
                 f"four records fit into max_bytes={self.max_bytes}",
@@ -270,10 +238,6 @@ class OrbitRecorder(pl.Callback):
             return Path(self.dirpath)
         return Path(trainer.log_dir or trainer.default_root_dir)
 
-    def _switch(self, active: bool) -> None:
-        for counter in self._counters:
-            counter.active = active
-
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._detach()
 
@@ -283,34 +247,29 @@ class OrbitRecorder(pl.Callback):
         self._detach()
 
     def _detach(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-        self._counters, self._rotations = [], {}
+        self._tally.detach()
+        self._rotations = {}
 
     # State: plain data, so that `torch.load(weights_only=True)` reads it.
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.interval.clock.step, "every": self.interval.every, "path": str(self.path),
-            "count": self._count, "last": self._last_step,
-            "loads": {counter.name: counter.load.tolist() for counter in self._counters},
-            "loss": [float(self._loss_sum), self._loss_count],
+            "count": self._count, "last": self._last_step, "tally": self._tally.state_dict(),
         }  # fmt: skip
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Put loads and loss of all ranks into the state; Lightning calls this on every rank."""
+        """Put the counts of all ranks into the state; Lightning calls this on every rank."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if state is not None and self._counters and trainer.world_size > 1:
-            loads, loss, count = self._reduced(trainer)
-            state["loads"] = {name: load.tolist() for name, load in loads.items()}
-            state["loss"] = [loss, count]
+        if state is not None and self._rotations and trainer.world_size > 1:
+            state["tally"] = self._tally.reduced_state(trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.interval.load(int(state_dict["step"]))
         self.path, self._resumed = Path(state_dict["path"]), dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the hooks and the model behind when copied or pickled."""
-        return {**self.__dict__, "_handles": [], "_counters": [], "_rotations": {}}
+        """Leave the model behind when copied or pickled."""
+        return {**self.__dict__, "_rotations": {}}

@@ -7,16 +7,14 @@ from torch import nn
 from lightning_bfmoe.viz.assets import style
 from lightning_bfmoe.viz.expert_embedding import Embedding, embed_experts
 from lightning_bfmoe.viz.expert_picture import expert_figure, expert_svg
-from lightning_bfmoe.viz.png import missing_widgets, with_picture
+from lightning_bfmoe.viz.png import widget_library, with_picture
 from lightning_bfmoe.viz.routes import Forward, pick_layer, trace_routes
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-try:
     import ipywidgets
-except ImportError as error:
-    raise missing_widgets(error) from error
+    from matplotlib.figure import Figure
+else:
+    ipywidgets = widget_library("ipywidgets")
 
 
 class ExpertMap(ipywidgets.VBox):

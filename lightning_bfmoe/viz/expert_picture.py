@@ -113,8 +113,8 @@ def expert_figure(embedding: Embedding, layer: str, tokens: int = 3) -> "Figure"
     load = embedding.relative_load
     most = max(1.0, float(load.max()))
     scatter = axes.scatter(
-        *embedding.points.T, c=load, s=30 + 130 * load / most, cmap="cividis", vmin=0, vmax=most,
-        edgecolors="#555555", linewidths=0.7,
+        embedding.points[:, 0], embedding.points[:, 1], c=load, s=30 + 130 * load / most,
+        cmap="cividis", vmin=0, vmax=most, edgecolors="#555555", linewidths=0.7,
     )  # fmt: skip
     figure.colorbar(scatter, ax=axes, label="load / mean")
     few = len(load) <= 32

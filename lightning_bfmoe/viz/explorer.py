@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import traitlets
 
 from lightning_bfmoe.viz.assets import script, style
 from lightning_bfmoe.viz.explorer_data import CHOICES, ExplorerData, Source, check_choice
@@ -15,17 +14,18 @@ from lightning_bfmoe.viz.explorer_figure import (
     selected_distances,
 )
 from lightning_bfmoe.viz.export import MAX_BYTES, export_explorer
-from lightning_bfmoe.viz.png import missing_widgets, with_picture
+from lightning_bfmoe.viz.png import widget_library, with_picture
 from lightning_bfmoe.viz.recording import Recording
 from lightning_bfmoe.viz.snapshot import Patterns
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-try:
     import anywidget
-except ImportError as error:
-    raise missing_widgets(error) from error
+    import traitlets
+    from matplotlib.figure import Figure
+else:
+    anywidget = widget_library("anywidget")
+    traitlets = widget_library("traitlets")
+
 
 INLINE_BYTES = 8 << 20
 """Angles up to this size travel with the widget; larger recordings come matrix by matrix."""

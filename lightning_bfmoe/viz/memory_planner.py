@@ -9,16 +9,15 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_bfmoe.viz.assets import style
-from lightning_bfmoe.viz.png import PALETTE, make_figure, missing_widgets, with_picture
+from lightning_bfmoe.viz.png import PALETTE, make_figure, widget_library, with_picture
 from lightning_bfmoe.viz.routes import explain
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-try:
     import ipywidgets
-except ImportError as error:
-    raise missing_widgets(error) from error
+    from matplotlib.figure import Figure
+else:
+    ipywidgets = widget_library("ipywidgets")
+
 
 WIDTHS = [
     64,

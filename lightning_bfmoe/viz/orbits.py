@@ -53,10 +53,10 @@ def signs(rows: range, d: int) -> np.ndarray:
         [[1.0, -1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
     """
     row = np.asarray(rows, dtype=np.uint32)[:, None]
-    h = row * np.uint32(0x9E3779B1) + np.arange(d, dtype=np.uint32) + np.uint32(1)
+    h: np.ndarray = row * np.uint32(0x9E3779B1) + np.arange(1, d + 1, dtype=np.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         h = (h ^ (h >> np.uint32(shift))) * np.uint32(factor)
-    h ^= h >> np.uint32(16)
+    h = h ^ (h >> np.uint32(16))
     return np.where(h & np.uint32(1), 1.0, -1.0)
 
 

@@ -1,6 +1,7 @@
 """A picture beside each widget: what shows where no JavaScript runs, as on GitHub."""
 
 import base64
+import importlib
 import io
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +42,32 @@ def with_picture(bundle: Any, figure: "Figure", words: str) -> Any:
     return {**data, **extra}, metadata
 
 
-def missing_widgets(error: ImportError) -> BFMoEError:
-    """The error of a widget whose library is not there."""
-    return BFMoEError(
-        "widgets need ipywidgets and anywidget",
-        got=str(error),
-        fix='Run: pip install "lightning-bfmoe[notebooks]". Without them viz.explorer_figure and '
-        "viz.export_explorer give the picture and the page.",
-    )
+def widget_library(name: str) -> Any:
+    """A module that widgets are built on; where it is missing, a stand-in.
+
+    With the stand-in every class can be imported, and says what to install when it is called.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return _Absent()
+
+
+class _NoWidget:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise BFMoEError(
+            f"{cls.__name__} needs ipywidgets and anywidget",
+            got="an environment without them",
+            fix='Run: pip install "lightning-bfmoe[notebooks]". Without them viz has figures '
+            "(explorer_figure, routing_figure, expert_figure) and export_explorer.",
+        )
+
+
+class _Absent:
+    """What a class body asks of a library that is not there."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _NoWidget if name in ("AnyWidget", "VBox") else self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self

@@ -150,7 +150,7 @@ class Recording:
     def write(self, path: str | Path) -> Path:
         """Write the file: it appears whole or not at all."""
         path = Path(path)
-        tensors = {
+        tensors: dict[str, np.ndarray] = {
             "steps": np.asarray(self.steps, dtype=np.int64),
             "losses": np.asarray(self.losses, dtype=np.float32),
         }

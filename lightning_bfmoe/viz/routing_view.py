@@ -5,17 +5,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_bfmoe.viz.assets import style
-from lightning_bfmoe.viz.png import missing_widgets, with_picture
+from lightning_bfmoe.viz.png import widget_library, with_picture
 from lightning_bfmoe.viz.routes import Forward, Routes, explain, pick_layer, trace_routes
 from lightning_bfmoe.viz.routing_picture import routing_figure, routing_html
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-try:
     import ipywidgets
-except ImportError as error:
-    raise missing_widgets(error) from error
+    from matplotlib.figure import Figure
+else:
+    ipywidgets = widget_library("ipywidgets")
 
 
 class RoutingView(ipywidgets.VBox):
