@@ -42,9 +42,17 @@ def plan(
     trit_bits: float = 1.6,
     gains: bool = False,
     paper_convention: bool = False,
-    devices: str | None = None,
+    device: str | None = None,
+    ram: str | None = None,
+    vocab_size: int = 0,
+    context: int = 1024,
+    batch: int = 1,
+    kv_width: int | None = None,
+    rest_bits: int = 32,
+    runtime: str = "torch",
+    share: float = 1.0,
 ) -> None:
-    """Bytes of the feed-forward layers, beside the honest controls, and how many experts fit where.
+    """Bytes of the feed-forward layers beside honest controls, and how many experts fit a device.
 
     Args:
         d_model: Width of the model.
@@ -59,10 +67,18 @@ def plan(
         trit_bits: 1.6 or 2.
         gains: Per-expert diagonal gains.
         paper_convention: Count as the paper does (one matrix, 1.58 bit, no router, no scales).
-        devices: Names or bytes, comma-separated, e.g. rpi5,jetson-nano,536870912; for each one
-            line: the experts per layer that fit if they had the memory to themselves.
+        device: Also count a whole language model on these devices, comma-separated, e.g.
+            rpi5,jetson-nano: the experts per layer that fit beside all else.
+        ram: The same for so much memory, e.g. 512MB or 4GB (binary units).
+        vocab_size: Tokens of the model's embedding, for device and ram, as all that follow.
+        context: Tokens of the key-value cache, for each sequence.
+        batch: Sequences at once.
+        kv_width: Width of keys in a layer; left out: d_model.
+        rest_bits: 32, or 16: of the rest of the model and of the cache.
+        runtime: torch, onnxruntime, none, or bytes: what a process takes before any model.
+        share: Part of the memory that may be used; the system takes the rest.
     """
-    from lightning_bfmoe.deploy import experts_that_fit, plan_memory
+    from lightning_bfmoe.deploy import plan_device, plan_memory
 
     settings: dict[str, Any] = {
         "gated": gated, "layers": layers, "angle_bits": angle_bits,
@@ -72,13 +88,19 @@ def plan(
     console = Console()
     top_k = min(top_k, num_experts)  # no byte depends on it
     console.print(plan_memory(d_model, d_ff, num_experts, top_k, **settings))
-    for device in devices.split(",") if devices else ():
-        room = int(device) if device.isdigit() else device
-        fit = experts_that_fit(room, d_model, d_ff, **settings)
-        console.print(
-            f"{device}: at most {fit['moe_fp32']:,} experts per layer as fp32 standard MoE, "
-            f"{fit['moe_ternary']:,} as ternary, {fit['butterfly']:,} as ButterflyMoE"
+    if paper_convention and (device or ram):
+        raise ConfigError(
+            "a device holds real files", got="paper_convention", fix="Leave it out for a device."
         )
+    del settings["paper_convention"]
+    for place in [*(device.split(",") if device else ()), *([ram] if ram else ())]:
+        console.print(
+            plan_device(
+                place, d_model, d_ff, num_experts, vocab_size=vocab_size, context=context,
+                batch=batch, kv_width=kv_width, rest_bits=rest_bits, runtime=runtime, share=share,
+                **settings,
+            )
+        )  # fmt: skip
 
 
 def inspect(target: str, init: dict[str, Any] | None = None, num_experts: int = 8) -> None:

@@ -1,6 +1,7 @@
 """Floor 3: from a trained model to one small file and back, without Lightning."""
 
 from lightning_bfmoe.deploy.cache import KVCache
+from lightning_bfmoe.deploy.device_plan import DevicePlan, plan_device
 from lightning_bfmoe.deploy.devices import DEVICES
 from lightning_bfmoe.deploy.export import ExportReport, export_onnx
 from lightning_bfmoe.deploy.format import read_packed
@@ -18,6 +19,7 @@ __all__ = [
     "DEVICES",
     "ExportReport",
     "Continuation",
+    "DevicePlan",
     "KVCache",
     "MemoryPlan",
     "PackReport",
@@ -33,6 +35,7 @@ __all__ = [
     "inspect_packed",
     "load_packed",
     "pack",
+    "plan_device",
     "plan_memory",
     "read_packed",
     "verify_packed",

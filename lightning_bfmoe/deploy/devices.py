@@ -37,7 +37,7 @@ def device_bytes(device: str | int) -> int:
         raise ConfigError(
             "device must be a known name or a positive number of bytes",
             got=repr(device),
-            fix=f"Known: {', '.join(DEVICES)}.",
+            fix=f"Known: {', '.join(DEVICES)}; any other by its memory, as --ram 512MB.",
         )
     return DEVICES[device]
 

@@ -41,21 +41,29 @@ def test_plan_prints_both_columns_of_the_papers_table(capsys):
     assert "150.09x" in out and "7.41x" in out  # fp32, and the fair opponent
 
 
-def test_plan_counts_a_devices_experts(capsys):
-    command = "plan --d_model 512 --d_ff 2048 --num_experts 8 --devices rpi5,1000000"
-    assert main(command.split()) == 0
+def test_plan_counts_a_whole_model_on_devices(capsys):
+    command = "plan --d_model 512 --d_ff 2048 --num_experts 64 --layers 8 --vocab-size 32000"
+    assert main([*command.split(), "--device", "rpi5,rpi-zero2w", "--ram", "100MB"]) == 0
     out = capsys.readouterr().out
-    assert "rpi5: at most" in out and "1000000: at most 0 experts per layer as fp32" in out
+    assert "rpi5: 8.0 GiB to use" in out and "rpi-zero2w: 512.0 MiB" in out and "100MB: 100" in out
+    assert out.count("ButterflyMoE, low_memory") == 3
+    assert out.count("standard MoE, fp32") == 3
 
 
-def test_unknown_device_is_explained(capsys):
-    assert (
-        main(
-            ["plan", "--d_model", "8", "--d_ff", "8", "--num_experts", "2", "--devices", "toaster"]
-        )
-        == 2
-    )
-    assert "toaster" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--device", "toaster"], "Known: esp32-s3, "),
+        (["--ram", "lots"], "Known: esp32-s3, "),
+        (["--ram", "1GB", "--runtime", "java"], "Known: torch, onnxruntime, none"),
+        (["--ram", "1GB", "--share", "2"], "share must lie"),
+        (["--ram", "1GB", "--context", "0"], "context must be a count"),
+        (["--ram", "1GB", "--paper_convention", "true"], "a device holds real files"),
+    ],
+)
+def test_wrong_questions_about_devices(options, match, capsys):
+    assert main(["plan", "--d_model=8", "--d_ff=8", "--num_experts=2", *options]) == 2
+    assert match in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_one_expert_can_be_planned(capsys):
