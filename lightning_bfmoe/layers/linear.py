@@ -87,11 +87,18 @@ class ButterflyLinear(KeepsFloat32):
         substrate = self.substrate
         if isinstance(substrate, Substrate) or not substrate.keeps or self.activation_bits:
             return self._parts(x, groups)
-        gains = [None if g is None else gain_values(g) for g in (self.gain_in, self.gain_out)]
         numbers = PackedLinear(
-            substrate.packed, substrate.alpha, self.d_in, self.d_out, substrate.bits,
-            self.rotate_in.angles, self.rotate_out.angles, *gains, self.bias,
-        )  # fmt: skip
+            substrate.packed,
+            substrate.alpha,
+            self.d_in,
+            self.d_out,
+            substrate.bits,
+            self.rotate_in.angles,
+            self.rotate_out.angles,
+            None if self.gain_in is None else gain_values(self.gain_in),
+            None if self.gain_out is None else gain_values(self.gain_out),
+            self.bias,
+        )
         return packed_linear(x, groups, numbers, self._parts)
 
     def _parts(self, x: Tensor, groups: ExpertGroups) -> Tensor:
