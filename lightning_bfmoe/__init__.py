@@ -34,6 +34,7 @@ _DOOR = {
     "plan_memory": "lightning_bfmoe.deploy",
     "register_adapter": "lightning_bfmoe.swap",
     "restore": "lightning_bfmoe.swap",
+    "selected_swap": "lightning_bfmoe.selected",
     "swap_feed_forward": "lightning_bfmoe.swap",
 }
 

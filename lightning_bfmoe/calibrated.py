@@ -1,7 +1,7 @@
 """`calibrated_swap`: joins `swap` (which blocks, and where they stand) with `calibrate` (how)."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ def swap_calibrated(
                 stacklevel=3,
             )
         fitting = [c for c in chosen if not c.experts]
-        course = _Course(model, settings.sequential, config, layers)
+        course = Course(model, settings.sequential, config, layers)
         try:
             jobs = [course.job(c) for c in fitting]
             if jobs:
@@ -147,7 +147,7 @@ def swap_calibrated(
     return report
 
 
-class _Course:
+class Course:
     """The new layers on their way into the model, and the way back.
 
     Args:
@@ -178,8 +178,9 @@ class _Course:
         c.placement["layer"] = dict(placement.get("layer", {}))
         return layer, None
 
-    def job(self, c: Candidate) -> Job:
-        """The candidate as `calibrate` sees it."""
+    def job(self, c: Candidate, done: Callable[[Candidate, Layer], Any] | None = None) -> Job:
+        """The candidate as `calibrate` sees it; `done` takes the layer instead of the course."""
+        take = done or self.done
         block = c.block
         assert block is not None
         sizes = {
@@ -201,7 +202,7 @@ class _Course:
             dense,
             lambda: self.build(c)[0],
             moment_bytes(sizes),
-            lambda layer: self.done(c, layer),
+            lambda layer: take(c, layer),
         )
 
     def done(self, c: Candidate, layer: Layer) -> None:

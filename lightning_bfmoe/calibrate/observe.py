@@ -56,7 +56,7 @@ def observe(
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     session = _Session(dict(watchers))
-    with _evaluating(model), _hooked(model, session), torch.no_grad():
+    with evaluating(model), _hooked(model, session), torch.no_grad():
         for batch, held in batches:
             batch = to_device(batch, device)
             session.begin(held, (mask_fn or attention_mask)(batch))
@@ -128,7 +128,7 @@ def _hooked(model: nn.Module, session: _Session) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode; every module's own flag comes back."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()

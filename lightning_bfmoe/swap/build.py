@@ -107,7 +107,7 @@ def plan_settings(c: Candidate, config: ButterflyMoEConfig) -> tuple[str, Butter
     return "ButterflyExperts", config
 
 
-def finish_layer(layer: Layer, originals: list[nn.Module], output_dropout: float) -> None:
+def finish_layer(layer: nn.Module, originals: list[nn.Module], output_dropout: float) -> None:
     """Carries over what is not weights: frozen stays frozen, an output dropout stays."""
     parameters = [p for m in originals for p in m.parameters()]
     if parameters and not any(p.requires_grad for p in parameters):

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_bfmoe.errors import BFMoEError, SwapError
 from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE
+from lightning_bfmoe.layers.bypass import LinearBypass, share_basis
 from lightning_bfmoe.layers.state import decode_extra_state
 from lightning_bfmoe.layers.surgery import ReplacementPlan, check_form, find_slot, rebase
 from lightning_bfmoe.swap.build import KINDS, activation_from_model, finish_layer
@@ -15,7 +16,11 @@ from lightning_bfmoe.swap.quiet import keep_rng, plain_defaults
 from lightning_bfmoe.swap.report import PLAN_VERSION, SwappedBlock, SwapReport, layer_sizes
 from lightning_bfmoe.swap.swap import install, plan_entry
 
-_SUFFIX = "_extra_state"
+_SUFFIXES = ("_extra_state", "written")  # of a layer, of a bypass
+_KINDS: dict[str, type[ButterflyMoE | ButterflyExperts | LinearBypass]] = {
+    **KINDS,
+    "LinearBypass": LinearBypass,
+}
 
 
 def apply_swap_plan(model: nn.Module, plan: Mapping[str, Any]) -> SwapReport:
@@ -48,9 +53,10 @@ def apply_swap_plan(model: nn.Module, plan: Mapping[str, Any]) -> SwapReport:
         for entry in _check_plan(plan):
             if not _stands_already(model, entry):
                 entries.append((_placement(entry), _rebuild(model, entry)))
+        share_basis([layer for _, layer in entries if isinstance(layer, LinearBypass)])
         receipts = install(model, entries)
     report = SwapReport(receipts=receipts, placements=[plan_entry(layer) for layer, _ in receipts])
-    report.blocks = [_row(layer) for layer, _ in receipts]
+    report.blocks = [_row(m) for m, _ in receipts if not isinstance(m, LinearBypass)]
     return report
 
 
@@ -78,7 +84,7 @@ def plan_from_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     entries: dict[str, ReplacementPlan] = {}
     for key, state in state_dict.items():
         place, _, suffix = key.rpartition(".")
-        state = decode_extra_state(state) if suffix == _SUFFIX else None
+        state = decode_extra_state(state) if suffix in _SUFFIXES else None
         if state is None or not state.get("placement"):
             continue
         written = check_form(state["placement"])
@@ -100,9 +106,9 @@ def _check_plan(plan: Mapping[str, Any]) -> list[ReplacementPlan]:
     entries = [check_form(entry) for entry in plan.get("replacements", [])]
     for entry in entries:
         layer = entry.get("layer", {})
-        if layer.get("kind") not in KINDS or not isinstance(layer.get("settings"), dict):
+        if layer.get("kind") not in _KINDS or not isinstance(layer.get("settings"), dict):
             raise SwapError(
-                f"a swap plan names one of the layers {sorted(KINDS)} with its settings",
+                f"a swap plan names one of the layers {sorted(_KINDS)} with its settings",
                 got=f"{entry['path']!r}: {layer.get('kind')!r}",
                 fix="Use report.plan() or plan_from_state_dict().",
             )
@@ -112,7 +118,7 @@ def _check_plan(plan: Mapping[str, Any]) -> list[ReplacementPlan]:
 def _stands_already(model: nn.Module, entry: ReplacementPlan) -> bool:
     owner, name = find_slot(model, entry["path"])
     layer, wanted = getattr(owner, name), entry["layer"]
-    if not isinstance(layer, ButterflyMoE | ButterflyExperts):
+    if not isinstance(layer, ButterflyMoE | ButterflyExperts | LinearBypass):
         return False
     ignored = ("seed", "angle_std")
     settings = [
@@ -134,7 +140,9 @@ def _placement(entry: ReplacementPlan) -> ReplacementPlan:
     return {**entry, "layer": layer}
 
 
-def _rebuild(model: nn.Module, entry: ReplacementPlan) -> ButterflyMoE | ButterflyExperts:
+def _rebuild(
+    model: nn.Module, entry: ReplacementPlan
+) -> ButterflyMoE | ButterflyExperts | LinearBypass:
     layer = entry["layer"]
     originals = [getattr(*find_slot(model, slot)) for slot in (entry["path"], *entry["identities"])]
     modules = [m for m in originals if isinstance(m, nn.Module)]
@@ -142,7 +150,7 @@ def _rebuild(model: nn.Module, entry: ReplacementPlan) -> ButterflyMoE | Butterf
     settings = dict(layer["settings"])
     if (activation := activation_from_model(model, entry)) is not None:
         settings["activation"] = activation
-    kind = KINDS[layer["kind"]]
+    kind = _KINDS[layer["kind"]]
     try:
         inspect.signature(kind).bind(**settings)
         with plain_defaults():

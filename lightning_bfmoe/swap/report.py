@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning_bfmoe.functional.butterfly import check_stages, num_pairs, num_stages
 from lightning_bfmoe.functional.packing import packed_size
-from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE
 from lightning_bfmoe.layers.surgery import Replaced, ReplacementPlan
 
 PLAN_VERSION = 1
@@ -62,7 +61,7 @@ class SwapReport:
     skipped: list[dict[str, str]] = field(default_factory=list)
     dry_run: bool = False
     placements: list[ReplacementPlan] = field(default_factory=list)
-    receipts: list[tuple[ButterflyMoE | ButterflyExperts, Replaced]] = field(default_factory=list)
+    receipts: list[tuple[Any, Replaced]] = field(default_factory=list)
     calibration: Any = None
 
     def __len__(self) -> int:

@@ -1,5 +1,6 @@
 """`swap_feed_forward`: find, choose, build, measure, and only then exchange."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import BFMoEError, SwapError
 from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE
+from lightning_bfmoe.layers.bypass import LinearBypass
 from lightning_bfmoe.layers.experts import experts_arguments
 from lightning_bfmoe.layers.surgery import Replaced, ReplacementPlan, apply_replacement
 from lightning_bfmoe.swap.activations import activation_name
@@ -18,6 +20,8 @@ from lightning_bfmoe.swap.losses import warn_of_losses
 from lightning_bfmoe.swap.quiet import keep_rng
 from lightning_bfmoe.swap.report import SwappedBlock, SwapReport, layer_sizes, skipped_rows
 from lightning_bfmoe.swap.select import Patterns, select_candidates
+
+Layer = ButterflyMoE | ButterflyExperts | LinearBypass
 
 
 @torch.inference_mode(False)  # inference tensors could not be trained
@@ -73,7 +77,7 @@ def swap_feed_forward(
         blocks = [describe_block(c, config) for c in chosen]
         if dry_run:
             return SwapReport(blocks, left, dry_run=True)
-        entries: list[tuple[ReplacementPlan, ButterflyMoE | ButterflyExperts]] = []
+        entries: list[tuple[ReplacementPlan, Layer]] = []
         for c, block in zip(chosen, blocks, strict=True):
             try:
                 layer, block.expert_error = build_layer(c, config, fit_steps)
@@ -94,8 +98,8 @@ def swap_feed_forward(
 
 
 def install(
-    model: nn.Module, entries: list[tuple[ReplacementPlan, ButterflyMoE | ButterflyExperts]]
-) -> list[tuple[ButterflyMoE | ButterflyExperts, Replaced]]:
+    model: nn.Module, entries: Sequence[tuple[ReplacementPlan, Layer]]
+) -> list[tuple[Any, Replaced]]:
     """Puts all layers into their slots, or, if one does not fit, none.
 
     Args:
@@ -108,7 +112,7 @@ def install(
     Raises:
         SwapError: A slot does not exist.
     """
-    done: list[tuple[ButterflyMoE | ButterflyExperts, Replaced]] = []
+    done: list[tuple[Any, Replaced]] = []
     try:
         for entry, layer in entries:
             done.append((layer, apply_replacement(model, entry, layer)))
@@ -119,7 +123,7 @@ def install(
     return done
 
 
-def plan_entry(layer: ButterflyMoE | ButterflyExperts) -> ReplacementPlan:
+def plan_entry(layer: Layer) -> ReplacementPlan:
     """The placement of a swapped layer together with all that rebuilds it, as plain data."""
     assert layer.placement is not None
     extra = {"kind": type(layer).__name__, "settings": dict(layer.settings)}

@@ -29,6 +29,7 @@ HOUSE = [
             "widgets",
             "prepared",
             "selected",
+            "selecting",
         ],
         "all that imports lightning",
     ),

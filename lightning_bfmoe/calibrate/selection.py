@@ -1,0 +1,162 @@
+"""The report of a selection: every submodule, what each option would lose, and what was chosen."""
+
+import dataclasses
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+COLOURS = {
+    "keep": "tab:gray",
+    "butterfly": "tab:orange",
+    "bypass": "tab:blue",
+    "remove": "tab:red",
+}
+
+
+@dataclass
+class Ranked:
+    """One submodule of a model.
+
+    Args:
+        path: Of the module.
+        kind: "feed-forward" or "attention".
+        chosen: Name of the option that it got.
+        size_before: Bytes of its weights as they were held.
+        size_after: Bytes of what it got; packed for a ButterflyMoE layer.
+        eps: By option: held-out error in the residual stream, E|F - G|^2 / |r + F|^2.
+        sizes: By option: bytes.
+        one_minus_cosine: Mean of 1 - cos(r, r + F).
+        norm_ratio: Mean of |F| / |r|.
+        linear_error: What a full linear map of its input misses, over the variance of F (weighted).
+        canonical_bound: NBL's bound, relative to the variance of F + x.
+        note: Why it was kept, if it could not be replaced; or that it has no norm before it.
+    """
+
+    path: str
+    kind: str
+    chosen: str = "keep"
+    size_before: int = 0
+    size_after: int = 0
+    eps: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    one_minus_cosine: float = float("nan")
+    norm_ratio: float = float("nan")
+    linear_error: float = float("nan")
+    canonical_bound: float = float("nan")
+    note: str = ""
+
+
+@dataclass
+class SelectionReport:
+    """What `selected_swap` chose and did; `print` it for a table, `figure()` for a picture.
+
+    Args:
+        submodules: All of them, in the model's order.
+        limit: The budget or sparsity in words.
+        shared_rank: Rank of the basis that feed-forward bypasses share; 0 when there is none.
+        swap: The report of the exchange, for `restore` and checkpoints (`swap.plan()`).
+    """
+
+    submodules: list[Ranked] = field(default_factory=list)
+    limit: str = ""
+    shared_rank: int = 0
+    shared_bytes: int = 0
+    swap: Any = None
+
+    def plan(self) -> dict[str, Any]:
+        """The exchange as plain data, for `swap.apply_swap_plan`."""
+        return self.swap.plan()  # type: ignore[no-any-return]
+
+    def totals(self) -> dict[str, float]:
+        """Bytes before and after, and the sum of the chosen options' eps."""
+        rows = self.submodules
+        return {
+            "size_before": sum(r.size_before for r in rows),
+            "size_after": sum(r.size_after for r in rows) + self.shared_bytes,
+            "eps": sum(r.eps.get(r.chosen, 0.0) for r in rows),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data (JSON-safe)."""
+        rows = [
+            {k: None if v != v else v for k, v in dataclasses.asdict(r).items()}
+            for r in self.submodules
+        ]
+        return {
+            "limit": self.limit,
+            "shared_rank": self.shared_rank,
+            "shared_bytes": self.shared_bytes,
+            "submodules": rows,
+            "totals": self.totals(),
+        }
+
+    def __rich__(self) -> Any:
+        """A rich table."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        totals = self.totals()
+        caption = (
+            f"{self.limit}; {_mb(totals['size_before'])} > {_mb(totals['size_after'])} MB\n"
+            "eps: held-out squared error over that of the residual stream behind it; "
+            "1-cos, |F|/|r|: mean; linear: what a full linear map misses of F"
+        )
+        names = [n for n in COLOURS if n != "keep" and any(n in r.eps for r in self.submodules)]
+        table = Table(title="Selection", caption=caption, box=SIMPLE_HEAD)
+        columns = ("submodule", "chosen", "MB", *(f"eps {n}" for n in names))
+        for name in (*columns, "1-cos", "|F|/|r|", "linear"):
+            left = name in ("submodule", "chosen")
+            table.add_column(name, justify="left" if left else "right", overflow="fold")
+        for r in self.submodules:
+            eps = [f"{r.eps[n]:.4f}" if n in r.eps else "-" for n in names]
+            numbers = (r.one_minus_cosine, r.norm_ratio, r.linear_error)
+            cells = ["-" if v != v else f"{v:.3f}" for v in numbers]
+            size = _mb(r.size_before)
+            size += "" if r.chosen == "keep" else f" > {_mb(r.size_after)}"
+            table.add_row(r.path, r.chosen, size, *eps, *cells)
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = io.StringIO()
+        Console(file=out, width=130).print(self)
+        return out.getvalue().rstrip("\n")
+
+    def figure(self) -> Any:
+        """A matplotlib figure: eps of every option by depth, the chosen ones filled.
+
+        Two panels, feed-forward and attention; the axis is logarithmic.
+        """
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        kinds = [k for k in ("feed-forward", "attention") if self._of(k)]
+        figure = Figure(figsize=(10, 3 * max(1, len(kinds))), layout="constrained")
+        for place, kind in enumerate(kinds, start=1):
+            axes = figure.add_subplot(len(kinds), 1, place)
+            rows = self._of(kind)
+            for name, colour in COLOURS.items():
+                points = [(i, r.eps[name]) for i, r in enumerate(rows) if r.eps.get(name, 0) > 0]
+                if points:
+                    x, y = zip(*points, strict=True)
+                    axes.plot(x, y, "o-", color=colour, fillstyle="none", linewidth=0.7, label=name)
+                taken = [(i, r.eps[name]) for i, r in enumerate(rows) if r.chosen == name != "keep"]
+                if taken:
+                    axes.plot(*zip(*taken, strict=True), "o", color=colour)
+            for i, r in enumerate(rows):
+                if r.chosen == "keep":
+                    axes.axvline(i, color=COLOURS["keep"], alpha=0.25, linewidth=4)
+            axes.set(yscale="log", ylabel="eps", title=f"{kind}, filled: chosen, gray: kept")
+            axes.set_xlabel("place in the model")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=8)
+        return figure
+
+    def _of(self, kind: str) -> list[Ranked]:
+        return [r for r in self.submodules if r.kind == kind]
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.3g}"

@@ -1,0 +1,303 @@
+"""The course of one selection: watch all submodules, fit each option, choose, put in."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bfmoe.calibrate import Calibration, calibrate_layers
+from lightning_bfmoe.calibrate.batches import Batches
+from lightning_bfmoe.calibrate.bypass import (
+    Bypass,
+    Statistics,
+    canonical_bound,
+    fit_bypass,
+    fit_on_basis,
+    linear_error,
+    shared_basis,
+)
+from lightning_bfmoe.calibrate.knapsack import Option, choose
+from lightning_bfmoe.calibrate.park import Parked
+from lightning_bfmoe.calibrate.selection import Ranked, SelectionReport
+from lightning_bfmoe.calibrate.streams import Stream, Submodule, find_attention, watch_streams
+from lightning_bfmoe.calibrated import Course, Layer
+from lightning_bfmoe.config import ButterflyMoEConfig
+from lightning_bfmoe.errors import CalibrationError, ConfigError
+from lightning_bfmoe.layers.bypass import LinearBypass, share_basis
+from lightning_bfmoe.layers.surgery import ReplacementPlan, replacement
+from lightning_bfmoe.swap.build import block_bytes, finish_layer
+from lightning_bfmoe.swap.candidate import Candidate
+from lightning_bfmoe.swap.find import find_feed_forward
+from lightning_bfmoe.swap.report import SwapReport, skipped_rows
+from lightning_bfmoe.swap.select import Patterns, select_candidates
+from lightning_bfmoe.swap.swap import describe_block, install, plan_entry
+
+OPTIONS = ("keep", "butterfly", "bypass", "remove")
+_GROUP = "feed-forward"
+
+
+class Search:
+    """What was seen, what was fitted, what was chosen and what is put in."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ButterflyMoEConfig,
+        settings: Calibration,
+        include: Patterns,
+        exclude: Patterns,
+        attention: bool,
+    ) -> None:
+        self.model, self.config, self.settings = model, config, settings
+        found = find_feed_forward(model)
+        chosen = select_candidates(model, found, include, exclude)
+        blocks = [c for c in chosen if not c.experts]
+        self.skipped = skipped_rows(c for c in found if not any(c is taken for taken in blocks))
+        self.blocks: dict[str, Candidate] = {c.path: c for c in blocks}
+        order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+        self.submodules = [
+            Submodule(c.path, "feed-forward", c.block.d_model, c.block)
+            for c in blocks if c.block is not None
+        ]  # fmt: skip
+        if attention:
+            self.submodules += find_attention(model, self._width)
+        self.submodules.sort(key=lambda s: order[s.path])
+        self.streams: dict[str, Stream] = {}
+        self.statistics: dict[str, Statistics] = {}
+        self.linear: dict[str, dict[str, Bypass]] = {s.path: {} for s in self.submodules}
+        self.basis: Tensor | None = None
+        self.parked: dict[str, Parked] = {}
+        self.eps: dict[str, dict[str, float]] = {}
+        self.calibration: Any = None
+
+    def _width(self, path: str) -> int | None:
+        """The residual width at an attention submodule: that of a block in the same layer."""
+        parts = path.split(".")
+        for n in range(len(parts) - 1, -1, -1):
+            prefix = ".".join(parts[:n])
+            inside = [c for p, c in self.blocks.items() if not prefix or p.startswith(prefix + ".")]
+            if inside and inside[0].block is not None:
+                return inside[0].block.d_model
+        return None
+
+    def watch(self, data: Iterable[Any]) -> None:
+        """Moments, a sample and the criteria of all submodules, in groups that fit into memory."""
+        settings = self.settings
+        self.batches = Batches(data, max_batches=settings.max_batches, held_out=settings.held_out)
+        room, groups = settings.budget(self.model), [[]]  # type: ignore[var-annotated]
+        for s in self.submodules:
+            cost = 8 * (2 * s.width + 1) ** 2
+            if groups[-1] and cost * (len(groups[-1]) + 1) > room:
+                groups.append([])
+            groups[-1].append(s)
+        for group in groups:
+            seen = watch_streams(
+                self.model, group, self.batches,
+                forward_fn=settings.forward_fn, mask_fn=settings.mask_fn,
+            )  # fmt: skip
+            for path, stream in seen.items():
+                self.streams[path] = stream
+                if not stream.refused:
+                    self.statistics[path] = stream.moments.statistics()
+                    del stream.moments
+        first = next((s for s in self.submodules if s.kind == "attention"), None)
+        if first is not None and not self.streams[first.path].refused:
+            self.streams[first.path].refused = "a generation cache counts its length by it"
+
+    def fit_linear(
+        self, options: Sequence[str], rank: int | None, attention_rank: int | None
+    ) -> None:
+        """Bypasses and constants, and their errors; feed-forward ones on a basis for all."""
+        open_ = [s for s in self.submodules if not self.streams[s.path].refused]
+        widths = {s.width for s in open_ if s.kind == "feed-forward"}
+        self.rank = 0
+        if "bypass" in options and len(widths) == 1:
+            width = widths.pop()
+            self.rank = _rank("rank", rank, width, 4)
+            self.share([s.path for s in open_ if s.kind == "feed-forward"])
+        for s in open_:
+            stream, statistics = self.streams[s.path], self.statistics[s.path]
+            own = self.linear[s.path]
+            if "bypass" in options and (s.kind == "attention" or not self.rank):
+                size = _rank("attention_rank", attention_rank, s.width, 8)
+                own["bypass"] = fit_bypass(statistics, size)
+            if "remove" in options:
+                own["remove"] = fit_bypass(statistics, 0)
+            self.eps[s.path] = {"keep": 0.0, **{n: stream.eps(b) for n, b in own.items()}}
+
+    def share(self, paths: list[str]) -> None:
+        """Fit the shared basis to these feed-forward submodules, and their maps on it."""
+        self.basis = shared_basis([self.statistics[p] for p in paths], self.rank)
+        for p in paths:
+            self.linear[p]["bypass"] = fit_on_basis(self.statistics[p], self.basis)
+
+    def fit_layers(self, data: Iterable[Any]) -> None:
+        """Calibrate a layer for every feed-forward block, and take its error."""
+        course = Course(self.model, False, self.config, {})
+
+        def done(c: Candidate, layer: Layer) -> None:
+            layer.eval()
+            stream = self.streams[c.path]
+            assert isinstance(layer, nn.Module)
+            with torch.no_grad():
+                self.eps[c.path]["butterfly"] = stream.eps(layer)
+            self.parked[c.path] = Parked(layer)
+
+        open_ = [c for p, c in self.blocks.items() if not self.streams[p].refused]
+        jobs = [course.job(c, done) for c in open_]
+        if jobs:
+            parallel = dataclasses.replace(self.settings, sequential=False)
+            self.calibration = calibrate_layers(self.model, jobs, self.batches.data, parallel)
+
+    def sizes(self, s: Submodule) -> dict[str, int]:
+        """Bytes by option; the shared basis is counted apart."""
+        if s.kind == "feed-forward":
+            before = block_bytes(self.blocks[s.path])[1]
+            row = describe_block(self.blocks[s.path], self.config, bias=True)
+            packed = row.packed_bytes
+        else:
+            weights = {id(p): p for p in self.model.get_submodule(s.path).parameters()}.values()
+            before = sum(p.numel() * p.element_size() for p in weights)
+            packed = before
+        each = self._element(s)
+        found = {"keep": before, "butterfly": packed}
+        for name, b in self.linear[s.path].items():
+            parts = [b.bias, b.left, b.right if s.kind == "attention" or not self.rank else None]
+            found[name] = each * sum(t.numel() for t in parts if t is not None)
+        return found
+
+    def _element(self, s: Submodule) -> int:
+        module = self.model.get_submodule(s.path)
+        return next((p.element_size() for p in module.parameters()), 4)
+
+    def decide(self, limit: int | float, options: Sequence[str]) -> dict[str, str]:
+        """The best option of each submodule, with and without feed-forward bypasses."""
+        shared = 0
+        if self.basis is not None:
+            shared = 4 * self.basis.numel()
+        trials = [(True, shared)] + ([(False, 0)] if shared else [])
+        best: tuple[float, dict[str, str]] | None = None
+        problem: CalibrationError | None = None
+        for bypassed, fixed in trials:
+            groups, names = [], []
+            for s in self.submodules:
+                offered = self.offered(s, bypassed)
+                names.append([o.name for o in offered])
+                if isinstance(limit, float):  # a count: each one that is kept takes 1
+                    offered = [o._replace(size=int(o.name == "keep")) for o in offered]
+                groups.append(offered)
+            if isinstance(limit, float):
+                free = sum(not self.streams[s.path].refused for s in self.submodules)
+                room = len(groups) - math.ceil(limit * free)
+            else:
+                room = limit - fixed
+            try:
+                picks = choose(groups, room)
+            except CalibrationError as error:
+                problem = error  # in the end that of the smaller choice
+                continue
+            cost = sum(group[i].cost for group, i in zip(groups, picks, strict=True))
+            if best is None or cost < best[0]:
+                chosen = [n[i] for n, i in zip(names, picks, strict=True)]
+                paths = [s.path for s in self.submodules]
+                best = cost, dict(zip(paths, chosen, strict=True))
+        if best is None:
+            assert problem is not None
+            raise problem
+        return best[1]
+
+    def offered(self, s: Submodule, bypassed: bool) -> list[Option]:
+        sizes, eps = self.sizes(s), self.eps.get(s.path, {"keep": 0.0})
+        if not bypassed and s.kind == "feed-forward" and self.rank:
+            eps = {n: e for n, e in eps.items() if n != "bypass"}
+        return [Option(name, sizes[name], eps[name]) for name in OPTIONS if name in eps]
+
+    def report(self, chosen: dict[str, str], limit: str) -> SelectionReport:
+        """The table; with the basis of the bypasses that were really chosen."""
+        taken = [s.path for s in self.submodules
+                 if s.kind == "feed-forward" and chosen[s.path] == "bypass"]  # fmt: skip
+        shared = bool(taken) and self.rank > 0
+        if shared:
+            self.share(taken)
+            for p in taken:
+                self.eps[p]["bypass"] = self.streams[p].eps(self.linear[p]["bypass"])
+        report = SelectionReport(limit=limit, shared_rank=self.rank if shared else 0)
+        report.shared_bytes = 4 * self.basis.numel() if shared and self.basis is not None else 0
+        for s in self.submodules:
+            stream, sizes = self.streams[s.path], self.sizes(s)
+            row = Ranked(s.path, s.kind, chosen[s.path], sizes["keep"], sizes[chosen[s.path]])
+            row.eps = dict(self.eps.get(s.path, {}))
+            row.sizes = {n: v for n, v in sizes.items() if n in row.eps}
+            row.note = stream.refused or ("added to its own input" if stream.post_norm else "")
+            if s.path in self.statistics:
+                statistics = self.statistics[s.path]
+                row.one_minus_cosine, row.norm_ratio = stream.one_minus_cosine, stream.norm_ratio
+                row.linear_error = linear_error(statistics)
+                row.canonical_bound = canonical_bound(statistics)
+            report.submodules.append(row)
+        return report
+
+    def install(self, chosen: dict[str, str]) -> SwapReport:
+        """Build what was chosen and put all of it in, or nothing."""
+        entries: list[tuple[ReplacementPlan, Any]] = []
+        report = SwapReport(skipped=self.skipped)
+        report.calibration = self.calibration
+        for s in self.submodules:
+            name = chosen[s.path]
+            if name == "butterfly":
+                c, layer = self.blocks[s.path], self.parked[s.path].unpark()
+                assert c.placement is not None
+                row = describe_block(c, self.config, bias=True)
+                row.relative_error = (
+                    next(b.error for b in self.calibration.blocks if b.path == s.path) ** 0.5
+                )
+                report.blocks.append(row)
+                entries.append((c.placement, layer))
+            elif name != "keep":
+                entries.append(self.bypass(s, name))
+        share_basis([layer for _, layer in entries if isinstance(layer, LinearBypass)])
+        report.receipts = install(self.model, entries)
+        report.placements = [plan_entry(layer) for layer, _ in report.receipts]
+        return report
+
+    def bypass(self, s: Submodule, name: str) -> tuple[ReplacementPlan, LinearBypass]:
+        """The module of a fitted bypass and its place."""
+        fitted, module = self.linear[s.path][name], self.model.get_submodule(s.path)
+        rank = 0 if fitted.left is None else fitted.left.shape[1]
+        group = _GROUP if rank and self.rank and s.kind == "feed-forward" else None
+        example = next(module.parameters())
+        layer = LinearBypass(
+            s.width, s.width, rank,
+            outputs=self.streams[s.path].outputs, group=group, device=example.device,
+        )  # fmt: skip
+        with torch.no_grad():
+            for own, value in ((layer.basis, fitted.right), (layer.weight, fitted.left)):
+                if own is not None and value is not None:
+                    own.copy_(value)
+            layer.bias.copy_(fitted.bias)
+        layer.to(example.dtype)
+        if s.kind == "attention":
+            places = [p for p, m in self.model.named_modules(remove_duplicate=False) if m is module]
+            finish_layer(layer, [module], 0.0)
+            entry = replacement(s.path, aliases=[p for p in places if p != s.path])
+            entry["layer"] = {"family": "attention", "output_dropout": 0.0}
+            return entry, layer
+        c = self.blocks[s.path]
+        assert c.placement is not None and c.block is not None
+        finish_layer(layer, c.leaves, c.block.output_dropout)
+        entry = copy.deepcopy(c.placement)
+        entry["layer"] = {"family": c.family, "output_dropout": c.block.output_dropout}
+        return entry, layer
+
+
+def _rank(name: str, value: int | None, width: int, share: int) -> int:
+    value = max(1, width // share) if value is None else value
+    if not isinstance(value, int) or not 1 <= value <= width:
+        raise ConfigError(
+            f"{name} lies in 1 to the width {width}", got=f"{name}={value!r}", fix="Use None."
+        )
+    return value
