@@ -47,18 +47,16 @@ QUICK = os.environ.get("BFMOE_QUICK") == "1"  # the test suite runs the same cel
 
 # %%
 import copy
-import logging
-import warnings
 
 import lightning as L
 
 from examples.gpt import GPT
 from examples.settings import Settings
 from examples.text_data import TextData
+from lightning_bfmoe import NotebookMonitor
+from notebooks.helpers import quiet_lightning
 
-for noisy in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-    logging.getLogger(noisy).setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", ".*does not have many workers.*")
+quiet_lightning()
 
 BASE_STEPS, STEPS = (20, 20) if QUICK else (500, 120)
 data = TextData(
@@ -93,7 +91,7 @@ def trainer(*callbacks):
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,  # a bar leaves nothing in a saved notebook
+        enable_progress_bar=False,  # NotebookMonitor draws instead, and its chart is saved
         enable_model_summary=False,
     )
 
@@ -103,7 +101,7 @@ def held_out_loss(model, *callbacks):
     return result[0]["val_loss"]
 
 
-trainer().fit(model, data.train_batches(BASE_STEPS, seed=0))
+trainer(NotebookMonitor()).fit(model, data.train_batches(BASE_STEPS, seed=0))
 before = held_out_loss(model)
 print(f"dense, after {BASE_STEPS} steps: {before:.3f} nats per token")
 
