@@ -9,7 +9,7 @@ from lightning_bfmoe.callbacks.live_chart import LiveChart
 from lightning_bfmoe.callbacks.outliers import ActivationOutliers
 from lightning_bfmoe.errors import ConfigError
 from lightning_bfmoe.functional.outliers import MEASURES
-from lightning_bfmoe.viz.outlier_figure import OutlierHistory, outlier_figure
+from lightning_bfmoe.viz.outlier_picture import OutlierHistory, outlier_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,7 +17,7 @@ _NAMES = {
     "distances": "orbits",
     "embed_experts": "expert_embedding",
     "expert_figure": "expert_picture",
-    "explorer_figure": "explorer_figure",
+    "explorer_figure": "explorer_picture",
     "export_explorer": "export",
     "read_recording": "recording",
     "record_model": "snapshot",

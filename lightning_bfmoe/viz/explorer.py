@@ -7,7 +7,7 @@ import numpy as np
 
 from lightning_bfmoe.viz.assets import script, style
 from lightning_bfmoe.viz.explorer_data import CHOICES, ExplorerData, Source, check_choice
-from lightning_bfmoe.viz.explorer_figure import (
+from lightning_bfmoe.viz.explorer_picture import (
     Selection,
     default_selection,
     explorer_figure,

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning_bfmoe.errors import ConfigError
 from lightning_bfmoe.viz.assets import page_script, script, style
 from lightning_bfmoe.viz.explorer_data import ExplorerData
-from lightning_bfmoe.viz.explorer_figure import Selection, default_selection
+from lightning_bfmoe.viz.explorer_picture import Selection, default_selection
 
 MAX_BYTES = 32 << 20
 
