@@ -1,4 +1,4 @@
-"""The command `bfmoe`: demo, plan, inspect, pack, verify, run. Built on jsonargparse."""
+"""The command `bfmoe`: demo, plan, inspect, pack, verify, run, export. Built on jsonargparse."""
 
 import sys
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lightning_bfmoe import __version__
+from lightning_bfmoe.cli_export import export
 from lightning_bfmoe.cli_packed import import_name, pack, run, verify
 from lightning_bfmoe.errors import BFMoEError, CheckpointError, ConfigError
 
@@ -164,6 +165,7 @@ def _run(arguments: list[str]) -> None:
     parser = ArgumentParser(prog="bfmoe", description="ButterflyMoE for PyTorch Lightning.")
     commands: dict[str, Callable[..., None]] = {
         "demo": demo, "plan": plan, "inspect": inspect, "pack": pack, "verify": verify, "run": run,
+        "export": export,
     }  # fmt: skip
     subcommands = parser.add_subcommands()
     for name, function in commands.items():

@@ -64,7 +64,7 @@ def verify(file: str, module: str | None = None, init: dict[str, Any] | None = N
     """
     from lightning_bfmoe.deploy import verify_packed
 
-    model = None if module is None else _build(module, file, init)
+    model = None if module is None else build_module(module, file, init)
     found = verify_packed(file, model)
     out = Console(highlight=False)
     out.print(f"{found.path.name}: {found.tensors} checksums match")
@@ -121,7 +121,7 @@ def run(
 
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     Sampling(num_tokens, **settings)  # type: ignore[arg-type]  # checks them before anything loads
-    model = _build(module, file, init)
+    model = build_module(module, file, init)
     words = _tokenizer(tokenizer)
     ids = _encode(words, prompt or "")
     load_packed(file, model, device=_device(device), low_memory=low_memory)
@@ -210,7 +210,7 @@ def _from_checkpoint(module: str | None, ckpt: str, init: dict[str, Any]) -> nn.
         ) from error
 
 
-def _build(module: str | None, file: str, init: dict[str, Any] | None) -> nn.Module:
+def build_module(module: str | None, file: str, init: dict[str, Any] | None) -> nn.Module:
     """A fresh model; what `init` leaves out comes from the file."""
     from lightning_bfmoe.deploy import read_packed
 

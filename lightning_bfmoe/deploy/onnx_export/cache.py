@@ -26,6 +26,7 @@ _ARANGE = {
     torch.ops.aten.arange.start: 1,
     torch.ops.aten.arange.start_step: 1,
 }
+_LINEAR = torch.ops.aten.linear.default
 _ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 SUPPORTED = (
     "Supported are decoders whose attention is torch's scaled_dot_product_attention with a causal "
@@ -224,6 +225,11 @@ class _Cached(_Walk):
             n.op == "call_function" and inputs and all(node in self.constant for node in inputs)
         ):
             self.constant.add(n)
+        if n.target is _LINEAR and len(n.args[1].users) > 1:
+            # as a matrix product it becomes Gemm, which reads the tied embedding as it is stored
+            x, weight, *bias = (self.env[node] for node in n.args if node is not None)
+            y = _LINEAR(x.reshape(-1, x.shape[-1]), weight, *bias)
+            return y.reshape(*x.shape[:-1], y.shape[-1])
         if n.target in _ARANGE and len(n.args) > (at := _ARANGE[n.target]):
             whole = n.args[at] in self.length and (at == 0 or n.args[0] == 0)
             return super().run_node(n) + self.start if whole else super().run_node(n)

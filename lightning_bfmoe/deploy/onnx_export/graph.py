@@ -81,8 +81,8 @@ def write_graph(model: ir.Model, folder: Path, products: str) -> None:
 def translations(opset: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Our torch ops as opaque nodes."""
 
-    def rotate(x: Any, ids: Any, angles: Any, scales: Any, inverse: bool) -> Any:
-        return opset.RotateRows(x, ids, angles, scales, inverse=int(inverse))
+    def rotate(x: Any, ids: Any, angles: Any, scales: Any, d: int, inverse: bool) -> Any:
+        return opset.RotateRows(x, ids, angles, scales, d=d, inverse=int(inverse))
 
     def product(x: Any, codes: Any, alpha: Any, d_in: int) -> Any:
         return opset.TernaryProduct(x, codes, alpha, d_in=d_in)
@@ -103,11 +103,11 @@ def register_schemas() -> None:
                 "angles": "float16 float int8 uint8",
                 "scales": "float16",
             },
-            "inverse",
+            ["d", "inverse"],
         ),
-        "TernaryProduct": ({"x": "float", "codes": "uint8", "alpha": "float"}, "d_in"),
+        "TernaryProduct": ({"x": "float", "codes": "uint8", "alpha": "float"}, ["d_in"]),
     }
-    for name, (inputs, attribute) in wanted.items():
+    for name, (inputs, attributes) in wanted.items():
         if defs.has(name, DOMAIN):
             continue
         types = {"T": "float", **{f"T_{key}": value for key, value in inputs.items()}}
@@ -122,7 +122,7 @@ def register_schemas() -> None:
                     (key, [f"tensor({t})" for t in value.split()], "")
                     for key, value in types.items()
                 ],
-                attributes=[schema.Attribute(attribute, kind, "")],
+                attributes=[schema.Attribute(key, kind, "") for key in attributes],
             )
         )
 

@@ -33,7 +33,7 @@ class ExportedRotation(nn.Module):
 
     def __init__(self, rotation: Rotation | CodedRotation, d: int, *, inverse: bool) -> None:
         super().__init__()
-        self.inverse = inverse
+        self.d, self.inverse = d, inverse
         stages = rotation.stages
         index, sign, _ = (torch.from_numpy(array) for array in deck_order(d, stages))
         scales = torch.zeros(0, dtype=torch.float16)
@@ -53,7 +53,7 @@ class ExportedRotation(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """Rows (rows, d), each by its expert's rotation."""
-        return rotate_rows(x, ids, self.angles, self.scales, self.inverse)
+        return rotate_rows(x, ids, self.angles, self.scales, self.d, self.inverse)
 
 
 class ExportedLinear(nn.Module):

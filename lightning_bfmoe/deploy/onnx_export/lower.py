@@ -5,7 +5,7 @@ forms measured (`docs/decisions.md`) one product and one sum a stage is the fast
 
     y[o, j] = sum_i M[o, i, j] x[i, j],   M = ((cos, -sin), (sin, cos)),   j over d / 2 pairs
 
-Product, 2 bit: `com.microsoft::MatMulNBits`, whose kernel rounds each 128 numbers of a row to 8 bit.
+Product, 2 bit: `com.microsoft::MatMulNBits`; its kernel rounds each 128 numbers of a row to 8 bit.
 Product, int8: rows rounded to 8 bit as in training (`functional.round_rows`), `MatMulInteger` with
 trits that are unpacked when the session starts. The file holds the 2-bit codes in either case.
 """
@@ -44,7 +44,8 @@ def lower(model: ir.Model, products: str) -> None:
         build = Builder(graph, node.name or node.op_type)
         x, *others = node.inputs
         if node.op_type == "RotateRows":
-            y = _rotate(build, x, *others, inverse=bool(node.attributes["inverse"].as_int()))
+            d, inverse = (node.attributes[name].as_int() for name in ("d", "inverse"))
+            y = _rotate(build, x, *others, d=d, inverse=bool(inverse))
         else:
             y = _product(build, products, x, *others, d_in=node.attributes["d_in"].as_int())
         y.type, y.shape = node.outputs[0].type, node.outputs[0].shape
@@ -56,9 +57,8 @@ def lower(model: ir.Model, products: str) -> None:
 
 
 def _rotate(
-    b: Builder, x: Any, ids: Any, angles: Any, scales: Any = None, *, inverse: bool
+    b: Builder, x: Any, ids: Any, angles: Any, scales: Any = None, *, d: int, inverse: bool
 ) -> ir.Value:
-    d = x.shape[-1]
     stages, half = angles.shape[1], -(-d // 2)
     _, _, deck = deck_order(d, stages)
     ordered = bool((np.diff(deck) == 1).all())

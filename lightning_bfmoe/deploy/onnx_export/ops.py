@@ -72,7 +72,7 @@ def code_trits(trits: Tensor) -> Tensor:
 
 @torch.library.custom_op("lightning_bfmoe::onnx_product", mutates_args=())
 def product(x: Tensor, codes: Tensor, alpha: Tensor, d_in: int) -> Tensor:
-    """x T^T diag(alpha) from the codes of `code_trits`; alpha is (d_out, 1) or (1, 1)."""
+    """Products x T^T diag(alpha) from the codes of `code_trits`; alpha is (d_out, 1) or (1, 1)."""
     digits = torch.stack([codes >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
     trits = digits.reshape(codes.shape[0], -1)[:, :d_in].to(x.dtype) - 2
     return torch.nn.functional.linear(x, alpha * trits)
@@ -84,7 +84,9 @@ def _(x: Tensor, codes: Tensor, alpha: Tensor, d_in: int) -> Tensor:
 
 
 @torch.library.custom_op("lightning_bfmoe::onnx_rotate", mutates_args=())
-def rotate_rows(x: Tensor, ids: Tensor, angles: Tensor, scales: Tensor, inverse: bool) -> Tensor:
+def rotate_rows(
+    x: Tensor, ids: Tensor, angles: Tensor, scales: Tensor, d: int, inverse: bool
+) -> Tensor:
     """Each row by its expert's B, or B^T.
 
     Args:
@@ -93,9 +95,10 @@ def rotate_rows(x: Tensor, ids: Tensor, angles: Tensor, scales: Tensor, inverse:
         angles: In deck order, (experts, stages, ceil(d / 2)): float16, float32 or int8 codes; or
             uint8, two 4-bit codes a byte.
         scales: (experts, stages) float16 of codes; empty beside floats.
+        d: Width of the rows.
         inverse: Apply B^T.
     """
-    rows, d = x.shape
+    rows = x.shape[0]
     table, deck = decode_table(angles, scales, d), deck_order(d, angles.shape[1])[2]
     y = torch.nn.functional.pad(x, (0, d % 2))
     cos, sin = table[ids].cos(), table[ids].sin()  # (rows, stages, half)
@@ -115,7 +118,7 @@ def rotate_rows(x: Tensor, ids: Tensor, angles: Tensor, scales: Tensor, inverse:
 
 
 @rotate_rows.register_fake
-def _(x: Tensor, ids: Tensor, angles: Tensor, scales: Tensor, inverse: bool) -> Tensor:
+def _(x: Tensor, ids: Tensor, angles: Tensor, scales: Tensor, d: int, inverse: bool) -> Tensor:
     return torch.empty_like(x)
 
 

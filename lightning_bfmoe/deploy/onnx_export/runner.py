@@ -12,7 +12,7 @@ from lightning_bfmoe.deploy.onnx_export.folder import AGAIN, MODEL, read_setting
 from lightning_bfmoe.errors import ExportError
 
 MIN_RUNTIME = (1, 28)
-"""The first onnxruntime with a fast 2-bit product; older ones fall back to scalar code, 500x slower."""
+"""The first onnxruntime with a fast 2-bit product; older ones run scalar code, 500x slower."""
 
 Cache = list[NDArray[np.float32]]
 
