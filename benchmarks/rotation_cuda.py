@@ -10,6 +10,7 @@ several processes first.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -26,8 +27,8 @@ import triton
 from triton.testing import do_bench
 
 from lightning_bfmoe.functional import apply_butterfly, group_by_expert, num_pairs, num_stages
-from lightning_bfmoe.kernels import cuda
-from lightning_bfmoe.kernels.cuda import Launch
+from lightning_bfmoe.kernels import cuda, cuda_plan
+from lightning_bfmoe.kernels.cuda_plan import Launch
 
 SIZES = [
     (256, 65536), (512, 65536), (768, 32768), (1024, 32768), (1536, 16384), (2048, 32768),
@@ -38,27 +39,39 @@ CHECKED = [2, 7, 48, 130, 256, 320, 512, 768, 1024, 2048, 3072, 4096, 8192]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NONE, BF16 = None, torch.bfloat16
 
-# (spread, rows, warps, resident, registers) to compare, by (width, backward)
+# Launch shapes to compare, by (width, backward); the first is the one in use. Fields of `Launch`:
+# spread, rows, warps, resident, registers, derive, near, shared.
 SHAPES = {
-    (256, False): [(4, 4, 1, 16), (4, 2, 1, 24), (4, 8, 1, 8), (3, 4, 1, 24), (3, 8, 1, 16),
-                   (5, 2, 1, 16), (5, 4, 1, 10), (4, 4, 4, 4)],
-    (256, True): [(4, 2, 1, 9, 224), (4, 2, 1, 10, 200), (4, 1, 1, 12), (3, 4, 1, 10),
-                  (3, 4, 1, 9, 224), (3, 2, 1, 16, 128), (4, 2, 4, 2), (3, 2, 4, 4, 128)],
-    (512, False): [(4, 4, 1, 16), (4, 2, 1, 24), (4, 8, 1, 8), (3, 4, 2, 12), (3, 8, 2, 8),
-                   (5, 2, 1, 16), (5, 4, 1, 10)],
-    (512, True): [(4, 2, 1, 9, 224), (4, 1, 1, 11), (3, 4, 2, 4), (3, 4, 2, 5, 200),
-                  (3, 2, 2, 8, 128), (4, 2, 2, 4, 240)],
-    (1024, False): [(4, 4, 2, 8), (4, 2, 2, 12), (4, 8, 2, 4), (3, 4, 4, 6), (3, 8, 4, 4),
-                    (5, 2, 1, 16), (5, 4, 1, 10)],
-    (1024, True): [(4, 2, 2, 4, 240), (4, 2, 2, 4), (4, 1, 2, 5, 200), (4, 1, 2, 4), (3, 4, 4, 2),
-                   (3, 4, 4, 2, 208), (3, 2, 4, 4, 128), (3, 2, 4, 3)],
-    (2048, False): [(4, 4, 4, 4), (4, 2, 4, 6), (4, 8, 4, 2), (3, 4, 8, 3), (3, 8, 8, 2),
-                    (5, 4, 2, 5), (5, 2, 2, 8)],
-    (2048, True): [(4, 2, 4, 2), (4, 1, 4, 2), (4, 1, 4, 2, 208), (3, 4, 8, 1), (3, 2, 8, 2, 128)],
-    (4096, False): [(4, 4, 8, 2), (4, 2, 8, 3), (4, 8, 8, 1), (3, 4, 16, 1), (5, 4, 4, 2)],
-    (4096, True): [(4, 1, 8, 1), (4, 2, 8, 1), (4, 1, 8, 1, 224), (3, 2, 16, 1), (3, 1, 16, 1)],
-    (768, False): [(4, 4, 2, 8), (3, 4, 4, 4), (4, 2, 2, 12), (3, 2, 4, 6)],
-    (768, True): [(3, 2, 4, 3), (4, 1, 2, 4), (3, 1, 4, 3), (3, 2, 4, 4, 128)],
+    (256, False): [(3, 8, 1, 16), (3, 8, 1, 16, NONE, 0, 1), (3, 8, 1, 16, 128, 1, 1)],
+    (256, True): [(3, 2, 1, 16, 128), (3, 2, 1, 16, 128, 0, 1), (3, 2, 1, 16, 128, 1, 1),
+                  (3, 4, 1, 16, 128, 1, 1, 8), (3, 4, 1, 16, 128, 0, 1, 8)],
+    (512, False): [(3, 8, 2, 8), (3, 8, 2, 8, NONE, 0, 1), (3, 8, 2, 8, 128, 1, 1)],
+    (512, True): [(3, 2, 2, 8, 128), (3, 2, 2, 8, 128, 0, 1), (3, 2, 2, 8, 128, 1, 1),
+                  (3, 4, 2, 8, 128, 1, 1, 9), (3, 4, 2, 8, 128, 0, 1, 9)],
+    (1024, False): [(3, 8, 4, 4), (3, 8, 4, 4, NONE, 0, 1), (3, 8, 4, 4, NONE, 1),
+                    (3, 8, 4, 4, NONE, 1, 1)],
+    (1024, True): [(3, 2, 4, 4, 128), (3, 2, 4, 4, 128, 0, 1), (3, 2, 4, 4, 128, 1),
+                   (3, 2, 4, 4, 128, 1, 1), (3, 4, 4, 4, 128, 1, 1, 10),
+                   (3, 2, 4, 4, 128, 1, 1, 10), (4, 2, 2, 4, NONE, 1)],
+    (2048, False): [(4, 4, 4, 4), (4, 4, 4, 4, NONE, 0, 1), (4, 4, 4, 4, 128, 1),
+                    (4, 4, 4, 4, 128, 1, 1), (3, 8, 8, 2, 128, 1, 1)],
+    (2048, True): [(3, 2, 8, 2, 128), (3, 2, 8, 2, 128, 0, 1), (3, 2, 8, 2, 128, 1, 1),
+                   (3, 4, 8, 2, 128, 1, 1, 11), (3, 4, 8, 2, 128, 0, 1, 11),
+                   (3, 2, 8, 2, 128, 1, 1, 11), (4, 4, 8, 1, NONE, 1, 0, 11),
+                   (4, 2, 4, 2, NONE, 1, 1)],
+    (4096, False): [(4, 8, 8, 1), (4, 8, 8, 1, NONE, 1), (4, 4, 8, 2, 128, 1, 1),
+                    (4, 4, 16, 1, 128, 1), (3, 8, 16, 1, 128, 1), (4, 4, 16, 1, 128)],
+    (4096, True): [(4, 2, 8, 1), (4, 2, 8, 1, NONE, 1), (4, 2, 16, 1, 128, 1, 0, 12),
+                   (3, 2, 16, 1, 128, 1, 0, 12), (3, 4, 16, 1, 128, 1, 0, 10),
+                   (4, 2, 16, 1, 128, 0, 0, 12)],
+    (8192, False): [(4, 4, 16, 1), (4, 2, 16, 1), (4, 4, 16, 1, 128, 1), (4, 2, 16, 1, 128, 1)],
+    (8192, True): [(4, 1, 16, 1), (4, 1, 16, 1, 128, 1), (4, 1, 16, 1, 128, 1, 0, 11),
+                   (4, 2, 16, 1, 128, 1, 0, 11), (4, 1, 16, 1, 128, 0, 0, 11)],
+    (768, False): [(4, 4, 2, 6, 160), (4, 4, 2, 8), (4, 4, 2, 6, 160, 1), (3, 4, 4, 4)],
+    (768, True): [(3, 2, 4, 3, 168), (3, 2, 4, 3, 168, 1), (3, 2, 4, 3, 168, 0, 1)],
+    (1536, False): [(4, 4, 4, 3, 160), (4, 2, 4, 5), (3, 4, 8, 3), (3, 2, 8, 4),
+                    (4, 2, 4, 5, NONE, 1)],
+    (1536, True): [(3, 2, 8, 1, 168), (3, 1, 8, 2), (4, 1, 4, 2), (3, 1, 8, 2, NONE, 1)],
 }  # fmt: skip
 
 
@@ -73,13 +86,15 @@ def case(d: int, rows: int, experts: int, dtype: torch.dtype = BF16):
 @contextlib.contextmanager
 def launched(shape: Launch | None):
     """Every kernel in one launch shape."""
-    before = cuda.launch_shape
+    before = cuda_plan.launch_shape
     if shape is not None:
-        cuda.launch_shape = lambda *_: shape
+        cuda_plan.launch_shape = lambda *_: shape
+    cuda_plan.plan_for.cache_clear()
     try:
         yield
     finally:
-        cuda.launch_shape = before
+        cuda_plan.launch_shape = before
+        cuda_plan.plan_for.cache_clear()
 
 
 def plain(x, angles, groups, inverse, up):
@@ -150,25 +165,12 @@ def warm(part: int, parts: int, tune: bool) -> None:
                 cuda.rotation_backward(x, x, angles, groups.counts, False)
             else:
                 cuda.rotation(x, angles, groups.counts, False)
-    if (old := before()) is not None:
-        for d in [d for d, _ in SIZES if d & (d - 1) == 0][part::parts]:
-            x, angles, groups = case(d, 8, 2)
-            old.backward(old.forward(x, angles, groups.counts), x, angles, groups.counts)
     torch.cuda.synchronize()
-
-
-def before():
-    """The kernel before this one, while its file is still here."""
-    try:
-        import rotation_old
-    except ImportError:
-        return None
-    return rotation_old
 
 
 def whole(d: int) -> bool:
     """Whether every stage of a width is fused."""
-    return sum(cuda.fused_stages(d, num_stages(d))) == num_stages(d)
+    return sum(cuda_plan.fused_stages(d, num_stages(d))) == num_stages(d)
 
 
 def warm_all(tune: bool) -> None:
@@ -192,7 +194,7 @@ def milliseconds(function) -> float:
     return do_bench(graph.replay, warmup=5, rep=25, return_mode="median")
 
 
-def time_one(d: int, rows: int, experts: int, dtype: torch.dtype, old) -> dict:
+def time_one(d: int, rows: int, experts: int, dtype: torch.dtype) -> dict:
     """Milliseconds and multiples of a copy."""
     x, angles, groups = case(d, rows, experts, dtype)
     other, grad, counts = torch.empty_like(x), torch.randn_like(x), groups.counts
@@ -205,50 +207,51 @@ def time_one(d: int, rows: int, experts: int, dtype: torch.dtype, old) -> dict:
     def eager():
         torch.autograd.grad(cuda.rotate_cuda(*leaves, groups), leaves, grad)
 
-    found = {
+    return {
         "d": d, "rows": rows, "experts": experts, "dtype": str(dtype), "copy_ms": copy,
         "forward_ms": forward, "backward_ms": backward, "forward_over_copy": forward / copy,
         "both_over_copy": (forward + backward) / copy,
         "eager_both_ms": do_bench(eager, warmup=5, rep=25, return_mode="median"),
     }  # fmt: skip
-    if old is not None and d & (d - 1) == 0:
-        with torch.no_grad():
-            ahead = milliseconds(lambda: old.forward(x, angles, counts))
-            back = milliseconds(lambda: old.backward(y, grad, angles, counts))
-        found |= {
-            "old_forward_over_copy": ahead / copy,
-            "old_both_over_copy": (ahead + back) / copy,
-        }
-    return found
 
 
-def tune(experts: int = 64) -> list[dict]:
-    """Times of several launch shapes, as multiples of a copy."""
+def results(d: int, backward: bool, x, y, grad, angles, counts) -> tuple:
+    """What one direction computes."""
+    if backward:
+        return cuda.rotation_backward(y, grad, angles, counts, False)
+    return (cuda.rotation(x, angles, counts, False),)
+
+
+def tune(experts: int) -> list[dict]:
+    """Times of several launch shapes, as multiples of a copy; each must agree with ours."""
     rows_of, found = dict(SIZES), []
     for (d, backward), shapes in SHAPES.items():
         x, angles, groups = case(d, rows_of[d], experts)
-        y, grad, counts = torch.empty_like(x), torch.randn_like(x), groups.counts
-        copy = milliseconds(lambda a=x, b=y: b.copy_(a))
-        line = []
+        grad, counts = torch.randn_like(x), groups.counts
+        y = cuda.rotation(x, angles, counts, False)
+        run = functools.partial(results, d, backward, x, y, grad, angles, counts)
+        other, expected, line = torch.empty_like(x), run(), []
+        copy = milliseconds(functools.partial(other.copy_, x))
         for shape in shapes:
+            name = "/".join(str(int(v)) if v is not None else "-" for v in shape)
             try:
                 with launched(Launch(*shape)):
-                    if backward:
-                        ms = milliseconds(
-                            lambda a=angles, c=counts, y=y, g=grad: cuda.rotation_backward(
-                                y, g, a, c, False
-                            )
-                        )
-                    else:
-                        ms = milliseconds(
-                            lambda a=angles, c=counts, x=x: cuda.rotation(x, a, c, False)
-                        )
-            except Exception as error:  # a shape that does not fit is a result too
-                line.append(f"{'/'.join(map(str, shape))}:{type(error).__name__}")
+                    error = max(
+                        float((a.float() - b.float()).norm() / b.float().norm())
+                        for a, b in zip(run(), expected, strict=True)
+                    )
+                    ms = milliseconds(run)
+            except Exception as problem:  # a shape that does not fit is a result too
+                line.append(f"{name}:{type(problem).__name__}")
                 continue
-            found.append({"d": d, "backward": backward, "shape": shape, "over_copy": ms / copy})
-            line.append(f"{'/'.join(map(str, shape))}:{ms / copy:.2f}")
-        print(f"d={d} {'bwd' if backward else 'fwd'} copy {copy:.4f}  ", *line, flush=True)
+            found.append({
+                "d": d, "backward": backward, "experts": experts, "shape": shape,
+                "over_copy": ms / copy, "apart": error,
+            })  # fmt: skip
+            line.append(f"{name}:{ms / copy:.2f}" + ("" if error < 3e-3 else f" WRONG {error:.0e}"))
+        print(
+            f"d={d} E={experts} {'bwd' if backward else 'fwd'} copy {copy:.4f} ", *line, flush=True
+        )
     return found
 
 
@@ -261,9 +264,6 @@ def table(rows: list[dict]) -> None:
             f"{row['forward_over_copy']:.2f}x  both {row['both_over_copy']:.2f}x  eager both "
             f"{row['eager_both_ms'] / row['copy_ms']:.1f}x"
         )
-        if "old_both_over_copy" in row:
-            old = row["old_forward_over_copy"], row["old_both_over_copy"]
-            line += f"  (old {old[0]:.1f}x {old[1]:.1f}x)"
         print(line, flush=True)
 
 
@@ -282,12 +282,8 @@ def main() -> None:
     print(f"compiled after {time.time() - start:.0f} s", flush=True)
     errors = [check_one(*job) for job in check_jobs()]
     print(f"correct: {len(errors)} cases, {time.time() - start:.0f} s", flush=True)
-    try:
-        import rotation_old as old
-    except ImportError:
-        old = None
-    times = [time_one(d, rows, experts, BF16, old) for d, rows in SIZES for experts in EXPERTS] + [
-        time_one(d, 32768, 64, torch.float32, None) for d in (256, 1024)
+    times = [time_one(d, rows, experts, BF16) for d, rows in SIZES for experts in EXPERTS] + [
+        time_one(d, 32768, 64, torch.float32) for d in (256, 1024)
     ]
     table(times)
     print(f"timed after {time.time() - start:.0f} s", flush=True)
@@ -295,12 +291,13 @@ def main() -> None:
     record = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
         "triton": triton.__version__, "python": platform.python_version(),
-        "commit": commit.stdout.strip(), "errors": errors, "times": times,
-        "shapes": tune() if options.tune else [],
+        "commit": commit.stdout.strip(), "errors": errors, "times": times, "shapes": [],
     }  # fmt: skip
     out = Path(options.out)
     out = out / "rotation_cuda.json" if out.is_dir() else out
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    for experts in (None, 8, 256) if options.tune else (None,):  # each part is kept
+        record["shapes"] += [] if experts is None else tune(experts)
+        out.write_text(json.dumps(record, indent=1) + "\n")
     print(f"done after {time.time() - start:.0f} s")
 
 

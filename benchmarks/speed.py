@@ -95,7 +95,8 @@ def grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 def butterfly(d: int, d_ff: int, experts: int, k: int, dtype: torch.dtype) -> nn.Module:
     """Our layer as it trains late: all ternary, angles far from one another."""
-    layer = ButterflyMoE(d, d_ff, experts, k, bias=False, activation="gelu", angle_std=0.5)
+    with torch.device("cpu"):  # where the generator of its own draws
+        layer = ButterflyMoE(d, d_ff, experts, k, bias=False, activation="gelu", angle_std=0.5)
     layer.set_blend(1.0)
     return layer.to(dtype)
 

@@ -45,10 +45,12 @@ def rotate(x: Tensor, angles: Tensor, groups: ExpertGroups, inverse: bool = Fals
     if x.shape[0] == 0:
         return x + 0 * angles.sum().to(x.dtype)  # no rows, yet every angle has a (zero) gradient
     wide = torch.float64 if torch.float64 in (x.dtype, angles.dtype) else torch.float32
+    kernel = choose("rotate", x, angles, groups)
+    angles = angles if angles.dtype == wide else angles.to(wide)
+    if kernel.widens:  # an op of its own, which autocast does not touch
+        return kernel.run(x, angles, groups, inverse)
     with torch.autocast(x.device.type, enabled=False):
-        kernel = choose("rotate", x, angles, groups)
-        rows = x if kernel.widens else x.to(wide)
-        return kernel.run(rows, angles.to(wide), groups, inverse).to(x.dtype)
+        return kernel.run(x.to(wide), angles, groups, inverse).to(x.dtype)
 
 
 def rotate_reference(

@@ -58,14 +58,53 @@ def tile_layout(
 
 
 @static
-def table_size(log_d: int, regular: int, irregular: int) -> int:
-    """Numbers in an expert's table: two a pair, a sign a column, two a column and odd stage.
+def stage_at(stage: int, log_d: int, regular: int, derive: bool) -> int:
+    """Where a stage begins in an expert's table; the signs come between both kinds of stages.
 
     Example:
-        >>> table_size(3, regular=3, irregular=0)
+        >>> [stage_at(stage, 3, 2, derive=False) for stage in range(4)]
+        [0, 8, 24, 40]
+    """
+    size = 2**log_d
+    if stage <= regular - 1:
+        return stage * (size // 2 if derive else size)
+    signs = regular * (size // 2 if derive else size)
+    return signs + size + 2 * (stage - regular) * size
+
+
+@static
+def signs_at(log_d: int, regular: int, derive: bool) -> int:
+    """Where the signs begin."""
+    return regular * (2**log_d // 2 if derive else 2**log_d)
+
+
+@static
+def table_size(log_d: int, regular: int, irregular: int, derive: bool) -> int:
+    """Numbers in an expert's table: one or two a pair, a sign a column, two a column if irregular.
+
+    Example:
+        >>> table_size(3, regular=3, irregular=0, derive=False)
         32
     """
-    return (regular + 1 + 2 * irregular) * 2**log_d
+    return stage_at(regular + irregular, log_d, regular, derive)
+
+
+@static
+def sums_layout(
+    log_d: int, spread: int, warps: int, stages: int, stage: int, group: int
+) -> list[list[int]]:
+    """Bases of a stage's sums [lane rows, 2^log_d / 2] in shared memory.
+
+    Four numbers of a thread, then the next thread's: accesses of 16 bytes without bank conflicts.
+
+    Example:
+        >>> [base[1] for base in sums_layout(8, 3, 1, 8, stage=0, group=0)]
+        [1, 2, 4, 8, 16, 32, 64]
+    """
+    registers, lanes, warp, _ = tile_layout(log_d, spread, warps, 1, stages, group)
+    bases = [base[1:] for base in registers[:3] + lanes + warp + registers[3:]]
+    pair = [[row, column if column < 2**stage else column // 2] for row, column in bases]
+    return [new for new, old in zip(pair, bases, strict=True) if old[1] != 2**stage]
 
 
 @static
@@ -91,6 +130,14 @@ if INTERPRETED:
     def move(x, LAYOUT):
         """Plain Triton has no layouts to move between."""
         return x
+
+    @jit
+    def move_by_row(x, LAYOUT):
+        """Plain Triton has no layouts to move between."""
+        return x
+
+    def shared_sums(*_args):
+        """No shared memory."""
 
     @jit
     def pause(number):
@@ -154,6 +201,19 @@ else:
     def move(x, LAYOUT: constexpr):
         """To the threads of another layout: through shared memory, unless it is the same."""
         return gl.convert_layout(x, LAYOUT)
+
+    @jit
+    def move_by_row(x, LAYOUT: constexpr):
+        """`move` of two rows, one after the other: with half the shared memory."""
+        first, second = gl.split(gl.permute(x, (1, 2, 0)))
+        one: constexpr = gl.SliceLayout(0, LAYOUT)
+        x = gl.join(gl.convert_layout(first, one), gl.convert_layout(second, one))
+        return gl.convert_layout(gl.permute(x, (2, 0, 1)), LAYOUT)
+
+    @static
+    def shared_sums(log_d, spread, warps, stages, stage, group):
+        """`sums_layout` as a Gluon layout."""
+        return gl.SharedLinearLayout(sums_layout(log_d, spread, warps, stages, stage, group))
 
     @jit
     def pause(number):

@@ -51,10 +51,12 @@ def merge(
 
 
 @jit
-def coefficients(p_stage, x1, D: constexpr):
-    """(a, b) of a regular stage, each [1, 1, D / 2]."""
+def coefficients(p_stage, x1, D: constexpr, DERIVE: constexpr):
+    """(a, b) of a regular stage, each [1, 1, D / 2]; DERIVE computes b = sin from a = tan(half)."""
     pair = columns_like(x1, D // 2)
-    return gl.load(p_stage + pair), gl.load(p_stage + D // 2 + pair)
+    a = gl.load(p_stage + pair)
+    b = 2.0 * a / (1.0 + a * a) if DERIVE else gl.load(p_stage + D // 2 + pair)
+    return a, b
 
 
 @jit

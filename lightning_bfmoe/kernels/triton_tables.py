@@ -3,7 +3,7 @@
 The table of an expert holds, one after the other,
 
 - for each regular stage a, then b of every pair (tan(theta / 2) and sin(theta) of the three
-  shears, or cos and sin of the definition), padded to 2^LOG_D / 2 pairs,
+  shears, or cos and sin of the definition), padded to 2^LOG_D / 2 pairs; a alone with DERIVE,
 - the sign of each column after the last regular stage,
 - for each irregular stage a factor of the column itself and one of its partner.
 
@@ -22,6 +22,7 @@ from lightning_bfmoe.kernels.triton_layout import (
     line,
     numbers,
     numbers_like,
+    signs_at,
     table_size,
 )
 
@@ -42,18 +43,15 @@ def _sign(flips):
 
 @jit
 def _pair_sign(
-    p_angles, stage, pair, mask, first, stop,
-    PAIRS: constexpr, DOWN: constexpr,
+    p_angles, stage, pair, mask,
+    PAIRS: constexpr, REGULAR: constexpr, DOWN: constexpr,
 ):  # fmt: skip
-    """The product of the signs that earlier stages of the walk left on both columns of a pair.
-
-    All earlier stages lie in first .. stop-1.
-    """
+    """The product of the signs that earlier stages of the walk left on both columns of a pair."""
     low = (1 << stage) - 1
     column = ((pair & ~low) << 1) | (pair & low)
     apart = (low + 1) >> (0 if DOWN else 1)  # of the pairs that hold the two in another stage
     flips = pair * 0
-    for other in range(first, stop):
+    for other in gl.static_range(REGULAR):  # unrolled, so that all loads are under way together
         p_theta = p_angles + other * PAIRS
         p_theta += ((column >> (other + 1)) << other) | (column & ((1 << other) - 1))
         earlier = mask & ((stage < other) if DOWN else (stage > other))
@@ -66,23 +64,11 @@ def _pair_sign(
 def _column_sign(p_angles, column, mask, PAIRS: constexpr, REGULAR: constexpr):
     """The product of the signs that all regular stages left on a column."""
     flips = column * 0
-    for stage in range(REGULAR):
+    for stage in gl.static_range(REGULAR):
         pair = ((column >> (stage + 1)) << stage) | (column & ((1 << stage) - 1))
         theta = gl.load(p_angles + stage * PAIRS + pair, mask=mask, other=0.0)
         flips ^= _half_turns(theta)
     return _sign(flips)
-
-
-@jit
-def _stages_before(block, PAIRS: constexpr, BLOCK: constexpr, REGULAR: constexpr, DOWN: constexpr):
-    """Bounds of the stages that the walk takes before those of a block of [stages, PAIRS]."""
-    first, stop = 0 * block, 0 * block + REGULAR
-    if PAIRS % BLOCK == 0:  # one stage a block
-        if DOWN:
-            first = block * BLOCK // PAIRS + 1
-        else:
-            stop = gl.minimum(block * BLOCK // PAIRS, REGULAR)
-    return first, stop
 
 
 @jit
@@ -101,9 +87,12 @@ def _count_before(p_counts, expert, experts, height, WARPS: constexpr):
 def prepare_kernel(
     p_angles, p_counts, p_partner, p_pair, p_table, p_plan, experts, height,
     WIDTH: constexpr, LOG_D: constexpr, REGULAR: constexpr, IRREGULAR: constexpr,
-    DOWN: constexpr, LIFT: constexpr, BLOCK: constexpr, WARPS: constexpr,
+    DOWN: constexpr, LIFT: constexpr, DERIVE: constexpr, BLOCK: constexpr, WARPS: constexpr,
 ):  # fmt: skip
     """Program (expert, block): a block of the expert's table; the first block also plans its rows.
+
+    The table of an expert without rows is left as it is: nothing reads it, and decoding a few
+    tokens would else pay for all experts.
 
     Plan: first row of each expert, the number of rows, then the last tile (exclusive) of each.
     """
@@ -111,14 +100,15 @@ def prepare_kernel(
     D: constexpr = 2**LOG_D
     expert, block = gl.program_id(0), gl.program_id(1)
     p_angles += expert.to(gl.int64) * ((REGULAR + IRREGULAR) * PAIRS)
-    p_table += expert.to(gl.int64) * table_size(LOG_D, REGULAR, IRREGULAR)
+    p_table += expert.to(gl.int64) * table_size(LOG_D, REGULAR, IRREGULAR, DERIVE)
+    count = gl.load(p_counts + expert).to(gl.int32)
     if block == 0:
         rows, tiles = _count_before(p_counts, expert, experts, height, WARPS)
-        count = gl.load(p_counts + expert).to(gl.int32)
         gl.store(p_plan + expert, rows)
         gl.store(p_plan + experts + 1 + expert, tiles + (count + height - 1) // height)
         if expert == experts - 1:
             gl.store(p_plan + experts, rows + count)
+    block = gl.where(count > 0, block, 1 << 20)  # past every mask below
     item = block * BLOCK + numbers(BLOCK, line(WARPS))
     direction: constexpr = -1.0 if DOWN else 1.0
     if block * BLOCK < REGULAR * (D // 2):
@@ -126,18 +116,18 @@ def prepare_kernel(
         inside = (item < REGULAR * (D // 2)) & (pair < PAIRS)
         theta = gl.load(p_angles + stage * PAIRS + pair, mask=inside, other=0.0)
         cos, sin = gl.cos(theta), direction * gl.sin(theta)
-        o, mask = stage * D + pair, item < REGULAR * (D // 2)
+        o, mask = stage * (D // 2 if DERIVE else D) + pair, item < REGULAR * (D // 2)
         if LIFT:
             sign = _sign(_half_turns(theta))
             cos, sin = cos * sign, sin * sign
-            first, stop = _stages_before(block, D // 2, BLOCK, REGULAR, DOWN)
-            sin *= _pair_sign(p_angles, stage, pair, inside, first, stop, PAIRS, DOWN)
+            sin *= _pair_sign(p_angles, stage, pair, inside, PAIRS, REGULAR, DOWN)
             gl.store(p_table + o, sin / gl.maximum(1.0 + cos, 1e-6), mask=mask)
         else:
             gl.store(p_table + o, cos, mask=mask)
-        gl.store(p_table + o + D // 2, sin, mask=mask)
+        if not DERIVE:
+            gl.store(p_table + o + D // 2, sin, mask=mask)
     item -= gl.cdiv(REGULAR * (D // 2), BLOCK) * BLOCK
-    p_table += REGULAR * D
+    p_table += signs_at(LOG_D, REGULAR, DERIVE)
     if LIFT:
         mask = (item >= 0) & (item < D)
         sign = _column_sign(p_angles, item, mask & (item < WIDTH), PAIRS, REGULAR)
@@ -189,8 +179,7 @@ def collect_kernel(
     if LIFT:
         stage, pair = item // PAIRS, item % PAIRS
         shear = mask & (stage < REGULAR)
-        first, stop = _stages_before(block, PAIRS, BLOCK, REGULAR, DOWN)
-        total *= _pair_sign(p_angles, stage, pair, shear, first, stop, PAIRS, DOWN)
+        total *= _pair_sign(p_angles, stage, pair, shear, PAIRS, REGULAR, DOWN)
     if not DOWN:  # the walk up undoes a rotation by -theta
         total = -total
     gl.store(p_dangles + expert.to(gl.int64) * SIZE + item, total, mask=mask)

@@ -14,7 +14,7 @@ import torch
 
 from lightning_bfmoe.functional import group_by_expert
 from lightning_bfmoe.functional.butterfly import stage_pairs
-from lightning_bfmoe.kernels import cuda
+from lightning_bfmoe.kernels import cuda, cuda_plan
 
 ROOT = Path(__file__).parents[2]
 with_triton = pytest.mark.skipif(
@@ -34,8 +34,18 @@ def python(code, **environment):
 
 COMMON = """
 import torch
+from triton.runtime import interpreter
+
+as_triton = interpreter._patch_lang_tensor
+
+# Triton 3.6 takes an array of one number for an int, which numpy 2.4 does not.
+def patched(tensor, scope):
+    as_triton(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+interpreter._patch_lang_tensor = patched
 from lightning_bfmoe.functional import apply_butterfly, group_by_expert, num_pairs, num_stages
-from lightning_bfmoe.kernels import cuda
+from lightning_bfmoe.kernels import cuda, cuda_plan
 
 def case(d, experts, rows, dtype=torch.float32, stages=None, chosen=None):
     torch.manual_seed(d + rows)
@@ -79,7 +89,7 @@ check(1e-6, 256, 2, 5)
 def test_loads_stages_launch_shapes_and_rows():
     # Of 16-bit rows the interpreter truncates what the GPU rounds, hence twice a rounding.
     assert interpreted("""
-cuda._multiprocessors = lambda device: 1
+cuda_plan._multiprocessors = lambda device: 1
 check(1e-6, 8, 5, 1)
 check(1e-6, 8, 5, 300, chosen=torch.randint(0, 2, (300,)) * 2 + 1)
 check(1e-6, 32, 2, 9, stages=4, inverse=True)
@@ -92,12 +102,19 @@ assert max(errors(wide[:, ::2], angles, groups, False, torch.randn(32, 20).t()))
 y = cuda.rotate_cuda(x, angles.detach(), groups)
 (dx,) = torch.autograd.grad(y, x, y.detach())
 assert (dx - x).norm() < 1e-6 * x.norm()
-cuda._multiprocessors = lambda device: 7
-cuda.walk_parts = lambda regular, irregular, *_: [(0, 1), (1, 3), (3, regular + irregular)]
-cuda.launch_shape = lambda *_: cuda.Launch(spread=2, rows=4, warps=2, resident=1)
+cuda_plan._multiprocessors = lambda device: 7
+cuda_plan.plan_for.cache_clear()
+cuda_plan.walk_parts = lambda regular, irregular, *_: [(0, 1), (1, 3), (3, regular + irregular)]
+cuda_plan.launch_shape = lambda *_: cuda_plan.Launch(spread=2, rows=4, warps=2, resident=1)
 check(1e-6, 32, 3, 150)
 check(1e-6, 48, 3, 70, inverse=True)
-cuda.LIFT = False
+derived = cuda_plan.Launch(2, 2, 1, resident=3, derive=True, near=True)
+cuda_plan.launch_shape = lambda *_: derived
+cuda_plan.plan_for.cache_clear()
+check(1e-6, 32, 3, 150)
+check(1e-6, 48, 2, 40, inverse=True)
+cuda_plan.LIFT = False
+cuda_plan.plan_for.cache_clear()
 check(1e-6, 32, 2, 70, inverse=True)
 """)
 
@@ -136,7 +153,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from lightning_bfmoe.functional import num_stages
-from lightning_bfmoe.kernels import cuda, triton_rotation, triton_tables
+from lightning_bfmoe.kernels import cuda_plan, triton_backward, triton_rotation, triton_tables
 
 cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 TYPES = dict(p_angles="*fp32", p_counts="*i64", p_dangles="*fp32", p_scratch="*fp32",
@@ -158,17 +175,20 @@ def report(kernel, warps, registers=None, **constants):
         done = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True)
     return done.stdout.split("Function", 1)[1]
 
-def check(width, backward):
-    regular, irregular = cuda.fused_stages(width, num_stages(width))
+def check(width, backward, launch=None):
+    regular, irregular = cuda_plan.fused_stages(width, num_stages(width))
     log_d = (width - 1).bit_length()
-    launch = cuda.launch_shape(log_d, irregular, backward, 2)
-    sizes = dict(WIDTH=width, REGULAR=regular, IRREGULAR=irregular, DOWN=backward, LIFT=True)
-    shape = dict(LOG_D=log_d, SPREAD=launch.spread, ROWS=launch.rows, WARPS=launch.warps)
+    launch = launch or cuda_plan.launch_shape(log_d, irregular, backward)
+    sizes = dict(WIDTH=width, REGULAR=regular, IRREGULAR=irregular, DOWN=backward, LIFT=True,
+                 DERIVE=launch.derive)
+    shape = dict(LOG_D=log_d, SPREAD=launch.spread, ROWS=launch.rows, WARPS=launch.warps,
+                 NEAR=launch.resident if launch.near else 1)
     if backward:
-        report(triton_tables.collect_kernel, 4, **sizes, HEIGHT=2, PIECES=32, BLOCK=128, WARPS=4)
-        ((first, stop),) = cuda.walk_parts(regular, irregular, True, launch)
-        found = report(triton_rotation.rotate_back_kernel, launch.warps, launch.registers, **sizes,
-                       **shape, FIRST=first, STOP=stop)
+        summed = {name: value for name, value in sizes.items() if name != "DERIVE"}
+        report(triton_tables.collect_kernel, 4, **summed, HEIGHT=2, PIECES=32, BLOCK=128, WARPS=4)
+        ((first, stop),) = cuda_plan.walk_parts(regular, irregular, True, launch)
+        found = report(triton_backward.rotate_back_kernel, launch.warps, launch.registers, **sizes,
+                       **shape, FIRST=first, STOP=stop, SHARED=launch.shared)
     else:
         report(triton_tables.prepare_kernel, 4, **sizes, LOG_D=log_d, BLOCK=256, WARPS=4)
         found = report(triton_rotation.rotate_kernel, launch.warps, launch.registers, **sizes,
@@ -179,12 +199,13 @@ def check(width, backward):
 
 @with_triton
 def test_compiles_for_a_gpu_without_spills():
-    calls = "check(256, True)\ncheck(768, False)\ncheck(1024, False)"
+    shared = "cuda_plan.Launch(3, 2, 4, 4, 128, derive=True, near=True, shared=10)"
+    calls = f"check(1024, True, {shared})\ncheck(768, False)\ncheck(1024, False)"
     assert python(f"{COMPILE}\n{calls}\nprint('fits')", TRITON_INTERPRET="0") == "fits"
 
 
 def test_partners_of_irregular_stages():
-    partner, pair = cuda._irregular_tables(12, 4, 2, torch.device("cpu"))
+    partner, pair = cuda_plan._irregular_tables(12, 4, 2, torch.device("cpu"))
     first, second = stage_pairs(12, 4)
     assert partner.shape == pair.shape == (2, 16)
     for row in range(2):
@@ -196,13 +217,39 @@ def test_partners_of_irregular_stages():
 
 def test_parts_cover_the_walk():
     for width, stages in ((8192, 13), (4096, 12), (768, 10), (6144, 13), (96, 7), (2, 1)):
-        regular, irregular = cuda.fused_stages(width, stages)
-        launch = cuda.launch_shape((width - 1).bit_length(), irregular, True, 2)
+        regular, irregular = cuda_plan.fused_stages(width, stages)
+        launch = cuda_plan.launch_shape((width - 1).bit_length(), irregular, True)
         for down in (False, True):
-            parts = cuda.walk_parts(regular, irregular, down, launch)
+            parts = cuda_plan.walk_parts(regular, irregular, down, launch)
             assert [s for a, b in parts for s in range(a, b)] == list(range(stages))
 
 
 def test_a_gpu_is_needed_to_be_chosen():
     groups = group_by_expert(torch.zeros(3, 1, dtype=torch.int64), 1)
     assert not cuda.suits_cuda(torch.zeros(3, 8), torch.zeros(1, 3, 4), groups)
+
+
+class Kernel:
+    """A jit function that notes how it was called."""
+
+    arg_names = ("p_x", "rows", "WIDTH", "BLOCK")
+
+    def __init__(self):
+        self.dispatched, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def run(*arguments, **constants):
+            self.dispatched.append((grid, arguments, constants))
+            return {grid: lambda *arguments: self.launched.append(arguments)}
+
+        return run
+
+
+def test_later_calls_skip_the_dispatch_unless_an_address_is_odd():
+    kernel, grid, made = Kernel(), (2, 1, 1), []
+    call = cuda_plan.Call(kernel, {"BLOCK": 8, "WIDTH": 4, "OTHER": 1}, num_warps=4)
+    for address in (40, 32, 64, 40):
+        call(grid, (address,), lambda: made.append(1) or ("x",), 5)
+    options = {"WIDTH": 4, "BLOCK": 8, "num_warps": 4, "enable_fp_fusion": True}
+    assert kernel.dispatched == [(grid, ("x", 5), options)] * 3 and len(made) == 3
+    assert kernel.launched == [(64, 5, 4, 8)]  # constants in the kernel's order
