@@ -71,7 +71,8 @@ def main():
     try:
         settings, session, words = load(given.pop("folder"), given.pop("threads"))
         text = given.pop("prompt")
-        ids = list(text.encode()) if words is None else words.encode(text).ids
+        raw = list(text.encode())  # raises unless it is text
+        ids = raw if words is None else words.encode(text).ids
         options = {k: v for k, v in settings["generation"].items() if k != "eos"}
         options |= {name: value for name, value in given.items() if value is not None}
         written = []
