@@ -93,8 +93,8 @@ class LiveChart(pl.Callback):
 
     def _finish(self, trainer: pl.Trainer) -> None:
         if self._active:
-            self._active = False
             self.draw(trainer)
+        self._active = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy begins an output of its own."""

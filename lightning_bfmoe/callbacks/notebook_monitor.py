@@ -75,7 +75,6 @@ class NotebookMonitor(LiveChart):
         if not self._restored:
             self.curves = Curves()
         self._restored, self._step = False, trainer.global_step
-        self.curves.cut(self._step)
         self.start(trainer)
 
     def on_train_batch_end(

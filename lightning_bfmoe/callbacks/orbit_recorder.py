@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_bfmoe.callbacks.recording import Interval, check_count
+from lightning_bfmoe.callbacks.recording import Interval, check_count, gather_ranks
 from lightning_bfmoe.callbacks.settings import resolve_patterns
 from lightning_bfmoe.callbacks.step_loss import step_loss
 from lightning_bfmoe.callbacks.tally import Tally
@@ -129,26 +130,28 @@ class OrbitRecorder(pl.Callback):
         self._count, self._last_step = 0, -1
         if resumed is not None:
             self._go_on(trainer, resumed)
-        if self.interval.clock.step != self._last_step:
+        else:
+            self.interval.clock.step = trainer.global_step  # it may come to a training on its way
             self._record(trainer)
 
     def _go_on(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
-        """Take over the records up to the checkpoint's step; only rank zero reads the file."""
-        self._count, self._last_step = state["count"], state["last"]
-        if not trainer.is_global_zero:
-            return
+        """Take over the records that the checkpoint knows; only rank zero reads the file."""
         assert self._recording is not None
-        self._tally.load_state_dict(state["tally"])  # the sums of all ranks
-        source = next((p for p in (self.path, Path(state["path"])) if p and p.is_file()), None)
-        if source is None:
-            rank_zero_warn(
-                f"OrbitRecorder found no recording at {state['path']}: it goes on without what "
-                f"came before step {self.interval.clock.step}."
-            )
-            return
-        for snapshot in read_recording(source).snapshots:
-            if snapshot.step <= self.interval.clock.step:
-                self._recording.append(snapshot)
+        self._last_step = state["last"]
+        if trainer.is_global_zero:
+            self._tally.load_state_dict(state["tally"])  # the sums of all ranks
+            places = (self.path, Path(state["path"]))
+            source = next((path for path in places if path and path.is_file()), None)
+            if source is None:
+                rank_zero_warn(
+                    f"OrbitRecorder found no recording at {state['path']}: it goes on without what "
+                    f"came before step {self.interval.clock.step}."
+                )
+            for snapshot in read_recording(source).snapshots if source else ():
+                if snapshot.step <= self._last_step:
+                    self._recording.append(snapshot)
+        count = torch.tensor(len(self._recording), device=trainer.strategy.root_device)
+        self._count = int(gather_ranks(trainer, count)[0])
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -195,7 +198,7 @@ class OrbitRecorder(pl.Callback):
         if self._count % 2 and self._count > 2 and self._is_full(snapshot.nbytes):
             self._count = self._count // 2 + 1
             self.interval.every *= 2
-            self._recording.thin()
+            self._recording.thin()  # on other ranks than zero nothing is there to thin
         if trainer.is_global_zero:
             self._write(trainer)
 
@@ -255,7 +258,7 @@ class OrbitRecorder(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.interval.clock.step, "every": self.interval.every, "path": str(self.path),
-            "count": self._count, "last": self._last_step, "tally": self._tally.state_dict(),
+            "last": self._last_step, "tally": self._tally.state_dict(),
         }  # fmt: skip
 
     def on_save_checkpoint(

@@ -78,7 +78,6 @@ class OutlierDashboard(LiveChart):
         if not self._restored:
             self.history = OutlierHistory()
         self._restored = False
-        self.history.cut(trainer.global_step)
         self._taken = self._outliers.latest if self._outliers is not None else {}
         self.start(trainer)
 
@@ -106,9 +105,8 @@ class OutlierDashboard(LiveChart):
             return False
         self._taken = latest
         prefix = "outliers/" if self._outliers.name is None else f"outliers/{self._outliers.name}/"
-        self.history.add(
-            trainer.global_step, {k.removeprefix(prefix): v for k, v in latest.items()}
-        )
+        step = self._outliers.interval.clock.step  # that of the record, whoever comes first
+        self.history.add(step, {k.removeprefix(prefix): v for k, v in latest.items()})
         return True
 
     def words(self, trainer: pl.Trainer) -> str:

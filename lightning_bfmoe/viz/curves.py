@@ -57,11 +57,6 @@ class Curves:
         """The newest value of each series."""
         return {name: series[-1][1] for name, series in self._series.items() if series}
 
-    def cut(self, step: float) -> None:
-        """Forget what came after a step."""
-        for series in self._series.values():
-            series[:] = [point for point in series if point[0] <= step]
-
     def state_dict(self) -> dict[str, list[list[float]]]:
         """Plain data."""
         return {name: [list(point) for point in series] for name, series in self._series.items()}

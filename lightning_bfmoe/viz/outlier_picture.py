@@ -41,10 +41,6 @@ class OutlierHistory:
             if "/" not in name:
                 self.means.add(name, step, value)
 
-    def cut(self, step: int) -> None:
-        """Forget what came after a step."""
-        self.means.cut(step)
-
     def in_words(self, measures: Sequence[str]) -> str:
         """The newest means in one line."""
         parts = [

@@ -143,8 +143,8 @@ class Recording:
             known = [s.loss for s in (dropped, snapshot) if math.isfinite(s.loss)]
             loss = sum(known) / len(known) if known else math.nan
             kept.append(replace(snapshot, loads=loads, loss=loss))
-        if len(self.snapshots) % 2 == 0:  # the newest stays
-            kept.append(self.snapshots[-1])
+        if len(self.snapshots) % 2 == 0:
+            kept += self.snapshots[-1:]  # the newest stays
         self.snapshots = kept
 
     def write(self, path: str | Path) -> Path:
