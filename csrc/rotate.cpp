@@ -39,6 +39,7 @@ using namespace bfmoe;
 #define BYTES 16
 #include "stages.inc"
 #include "natural.inc"
+#include "passes.inc"
 #undef TARGET
 #undef LEVEL
 #undef BYTES
@@ -49,6 +50,7 @@ using namespace bfmoe;
 #define BYTES 32
 #include "stages.inc"
 #include "natural.inc"
+#include "passes.inc"
 #undef TARGET
 #undef LEVEL
 #undef BYTES
@@ -57,6 +59,7 @@ using namespace bfmoe;
 #define BYTES 64
 #include "stages.inc"
 #include "natural.inc"
+#include "passes.inc"
 #undef TARGET
 #undef LEVEL
 #undef BYTES
@@ -119,20 +122,22 @@ std::unique_ptr<Plan> make_plan(int64_t d, int64_t stages) {
 template <typename T>
 struct Desk {
   const Plan& plan;
-  const int64_t size;  // stages * pairs
+  const int64_t size;   // stages * pairs
+  const bool in_order;  // tables and sums are in natural order, for natural.inc and passes.inc
   std::unique_ptr<T[]> table, scratch, turned;
   std::vector<double> sum;
 
   Desk(const Plan& p, bool gradients)
       : plan(p), size(p.stages * (p.d / 2)),
+        in_order(std::is_same_v<T, float> && AT_BEST_LEVEL(has_passes(p))),
         scratch(gradients ? new T[4 * kBlock * p.pitch] : nullptr),
         turned(gradients ? new T[size]() : nullptr), sum(gradients ? size : 0) {}
 
   Table<T> look_up(const T* angles) {
     if (!table) table.reset(new T[3 * size]);
     T *cosine = table.get(), *sine = cosine + size, *ordered = sine + size;
-    AT_BEST_LEVEL(order<T>(plan, angles, ordered));
-    cos_sin_of(ordered, cosine, sine, size);
+    if (!in_order) AT_BEST_LEVEL(order<T>(plan, angles, ordered));
+    cos_sin_of(in_order ? angles : ordered, cosine, sine, size);
     return {cosine, sine};
   }
 
@@ -146,8 +151,26 @@ struct Desk {
         return;
       }
     const Table<T> cosines = look_up(angles);
+    if constexpr (std::is_same_v<T, float>)
+      if (in_order) {
+        AT_BEST_LEVEL(natural_rows(plan, x, y, rows, cosines.cosine, cosines.sine, inverse));
+        return;
+      }
     if (!scratch) scratch.reset(new T[2 * kBlock * plan.pitch]);
     AT_BEST_LEVEL(forward<T>(plan, x, y, rows, cosines, scratch.get(), inverse));
+  }
+
+  // Some rows of one expert, whose table this is: gradients of x, and sums of the angles'.
+  void backward(const T* y, const T* grad_y, T* grad_x, int64_t rows, Table<T> cosines,
+                bool inverse) {
+    if constexpr (std::is_same_v<T, float>)
+      if (in_order) {
+        AT_BEST_LEVEL(natural_back(plan, y, grad_y, grad_x, rows, cosines.cosine, cosines.sine,
+                                   turned.get(), scratch.get(), inverse));
+        return;
+      }
+    AT_BEST_LEVEL(backward<T>(plan, y, grad_y, grad_x, rows, cosines, scratch.get(), turned.get(),
+                              inverse));
   }
 
   void flush() {
@@ -159,8 +182,9 @@ struct Desk {
   void take(G* grad, bool inverse) {
     const int64_t pairs = plan.d / 2;
     for (int64_t i = 0; i < size; ++i) {
-      const bool minus = (plan.flipped[i] != 0) != inverse;
-      grad[i / pairs * pairs + plan.angle[i]] += static_cast<G>(minus ? -sum[i] : sum[i]);
+      const bool minus = (!in_order && plan.flipped[i]) != inverse;
+      const int64_t to = in_order ? i : i / pairs * pairs + plan.angle[i];
+      grad[to] += static_cast<G>(minus ? -sum[i] : sum[i]);
       sum[i] = 0;
     }
   }
@@ -246,9 +270,8 @@ int rotate_backward(const Plan& plan, const T* y, const T* grad_y, const T* angl
       const Table<T> table = desk.look_up(angles + share.expert * size);
       for (int64_t r = 0; r < share.rows; r += kFlush) {
         const int64_t at = (share.first + r) * d;
-        AT_BEST_LEVEL(backward<T>(plan, y + at, grad_y + at, grad_x + at,
-                                  std::min(kFlush, share.rows - r), table, desk.scratch.get(),
-                                  desk.turned.get(), inverse != 0));
+        desk.backward(y + at, grad_y + at, grad_x + at, std::min(kFlush, share.rows - r), table,
+                      inverse != 0);
         desk.flush();
       }
       if (share.whole) {
