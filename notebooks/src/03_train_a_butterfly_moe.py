@@ -212,8 +212,9 @@ plt.show()
 # - **Outliers**: `up` sees the output of a LayerNorm, `down` the hidden units behind a GELU
 #   (notebook [02](02_ternary_and_qat.ipynb) shows why those differ). For `down` the solid line lies
 #   below the dotted one: rotated activations are flatter, so easier to round. But look at step 0:
-#   the gap is there *before anything is learned*. It comes from rotating at all, by random angles,
-#   and learning neither widens nor spoils it.
+#   the gap is there *before anything is learned*. It comes from rotating at all, by random angles.
+#   While the model trains, its hidden units get spikier (dotted rises) and what arrives behind the
+#   rotation does not.
 
 # %%
 record = usage.history[-1]["layers"]
