@@ -33,6 +33,11 @@ class Decoding(ABC):
     def __init__(self, model: nn.Module, context: int, device: torch.device, graph: bool) -> None:
         self.model, self.context, self.device, self.graph = model, context, device, graph
 
+    @property
+    def keeps(self) -> bool:
+        """Whether buffers outlive a batch, so that the model must stay as it is."""
+        return self.graph
+
     @abstractmethod
     def prefill(self, prompts: Prompts, new: list[int]) -> Tensor:
         """Take in the prompts; the logits behind the last token of each.
@@ -126,6 +131,10 @@ class HuggingFaceDecoding(Decoding):
         super().__init__(*args)
         self._states: dict[int, dict[str, Any]] = {}  # by number of rows
         self._state: dict[str, Any] = {}
+
+    @property
+    def keeps(self) -> bool:
+        return True
 
     def prefill(self, prompts: Prompts, new: list[int]) -> Tensor:
         rows, longest = len(prompts), max(map(len, prompts))

@@ -124,7 +124,8 @@ class TokenGenerator:
                 "one stream of a generator runs at a time",
                 fix="Exhaust or close() the one before, or use a second TokenGenerator.",
             )
-        if self._where() != self._addresses:
+        here, before = self._where(), self._addresses
+        if here[0] != before[0] or (self.decoding.keeps and here != before):
             raise ConfigError(
                 "the model stays where it is while a generator uses it",
                 fix="Make a new TokenGenerator after moving, casting or loading.",
@@ -219,9 +220,11 @@ class TokenGenerator:
         with torch.no_grad():
             return function(*args)
 
-    def _where(self) -> tuple[int, ...]:
+    def _where(self) -> tuple[object, ...]:
+        """The model's device and dtype, and the addresses of its tensors."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        return tuple(tensor.data_ptr() for tensor in tensors)
+        first = (tensors[0].device, tensors[0].dtype) if tensors else None
+        return first, *(tensor.data_ptr() for tensor in tensors)
 
 
 def _context(model: nn.Module, given: int | None) -> int:

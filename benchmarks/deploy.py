@@ -1,0 +1,414 @@
+"""One language model as it is deployed, in every form: bytes, load time, memory, tokens a second.
+
+    python benchmarks/deploy.py --size tiny --out outputs/deploy.json                    # seconds
+    python benchmarks/deploy.py --threads 1 2 --out benchmarks/results/deploy_cpu.json   # minutes
+    python benchmarks/deploy.py --device cuda --size full --out benchmarks/results/deploy_cuda.json
+
+The model is `examples.gpt.GPT` with random weights (no time depends on them) and one of `FORMS` as
+its feed-forward blocks. Each form is written to a file and measured in a process of its own:
+
+* file bytes; seconds from the file to a model that answers; bytes that loading and generating add
+  to the process (CPU: resident after, and at the peak; CUDA: allocated, and at the peak);
+* prefill: a prompt of 128 tokens to its first new token; decode: each further token, end to end as
+  `TokenGenerator` streams them (with the CUDA graph where there is one), for 1 and 8 prompts at
+  once; medians.
+
+First the logits with the cache are compared with those of the whole prefix, in the same process;
+a form that is wrong is not timed. A form that cannot run here is a record with `failed`. What the
+file at --out already holds is not measured again. The model of the standard MoE has the same top-k;
+the dense one is as wide as a single expert, so it computes less than the others.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.speed import StandardMoE, loop
+from examples.gpt import GPT
+from lightning_bfmoe import load_packed, pack, swap_feed_forward
+from lightning_bfmoe.deploy import KVCache, Sampling, TokenGenerator
+from lightning_bfmoe.layers import set_blend
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {  # width, layers, experts, top-k, heads, tokens of the vocabulary, context, new tokens
+    "tiny": (32, 1, 4, 2, 2, 64, 256, 8),
+    "small": (512, 2, 32, 2, 8, 4096, 512, 48),
+    "full": (1024, 8, 64, 2, 16, 32768, 1024, 200),
+}
+PROMPT, BATCHES = 128, (1, 8)
+FORMS = {
+    "dense fp32": {}, "dense bf16": {"bf16": True}, "dense nf4": {"nf4": True},
+    "standard MoE fp32": {"moe": True}, "standard MoE bf16": {"moe": True, "bf16": True},
+    "standard MoE nf4": {"moe": True, "nf4": True},
+    "ours fp16 angles": {"angles": "fp16"}, "ours int8 angles": {"angles": "int8"},
+    "ours int8 angles, bf16 rest": {"angles": "int8", "rest": "bf16"},
+    "ours int8 angles, low memory": {"angles": "int8", "low_memory": True},
+    "ours onnx": {"angles": "int8", "onnx": True},
+}  # fmt: skip
+
+
+class Flat(nn.Module):
+    """A feed-forward layer of rows (tokens, width) in a model of (batch, time, width)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> same."""
+        rows = x.reshape(-1, x.shape[-1])
+        if isinstance(self.layer, StandardMoE):
+            plain = rows.dtype == torch.float32  # the grouped kernel takes 16-bit numbers
+            return self.layer(rows, loop if plain else None).reshape(x.shape)
+        return self.layer(rows).reshape(x.shape)
+
+
+class ListedMoE(nn.Module):
+    """Experts as modules of their own, for quantisers that replace `nn.Linear`."""
+
+    def __init__(self, d: int, d_ff: int, experts: int, k: int) -> None:
+        super().__init__()
+        self.k, self.router = k, nn.Linear(d, experts, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(d, d_ff, bias=False), nn.GELU(), nn.Linear(d_ff, d, bias=False))
+            for _ in range(experts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, d) -> same."""
+        weights, chosen = self.router(x).topk(self.k, dim=-1)
+        weights, y = weights.softmax(-1), torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            rows, slots = (chosen == expert).nonzero(as_tuple=True)
+            y[rows] += weights[rows, slots].unsqueeze(1) * self.experts[expert](x[rows])
+        return y
+
+
+def build(size: str, form: dict[str, Any]) -> GPT:
+    """The model before its numbers come, in the dtype of the form."""
+    width, depth, experts, k, heads, vocabulary, context, _ = SIZES[size]
+    torch.manual_seed(0)
+    model = GPT(vocabulary, context, width, depth, heads)
+    if form.get("moe"):
+        for block in model.blocks:
+            layer = StandardMoE(width, 4 * width, experts, k, torch.float32)
+            block.mlp = Flat(ListedMoE(width, 4 * width, experts, k) if form.get("nf4") else layer)
+    return model.bfloat16() if form.get("bf16") else model
+
+
+def to_nf4(model: nn.Module) -> None:
+    """Feed-forward matrices as bitsandbytes NF4; they are quantised when they move to a device."""
+    import bitsandbytes as bnb
+
+    for block in model.blocks:
+        for module in list(block.mlp.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear) and name != "router":
+                    narrow = bnb.nn.Linear4bit(
+                        child.in_features, child.out_features, bias=child.bias is not None,
+                        compute_dtype=torch.bfloat16, quant_type="nf4",
+                    )  # fmt: skip
+                    if not child.weight.is_meta:
+                        narrow.load_state_dict(child.state_dict())
+                    setattr(module, name, narrow)
+
+
+def write(size: str, form: dict[str, Any], path: Path) -> int:
+    """The model's file; its bytes."""
+    model = build(size, form)
+    if "angles" in form:
+        _, _, experts, k, *_ = SIZES[size]
+        swap_feed_forward(model, num_experts=experts, top_k=k, angle_std=0.5)
+        set_blend(model, 1.0)
+        packed = path.with_suffix(".bfmoe")
+        pack(model, packed, angles=form["angles"], rest=form.get("rest", "keep"))
+        if form.get("onnx"):
+            from lightning_bfmoe.deploy import export_onnx
+
+            export_onnx(packed, path, model=build(size, {}))
+            return sum(item.stat().st_size for item in path.rglob("*") if item.is_file())
+        packed.rename(path)
+    elif form.get("nf4"):
+        to_nf4(model)
+        model.cpu()  # quantises
+        torch.save(model.state_dict(), path)
+    else:
+        state = model.state_dict()
+        del state["head.weight"]  # it is the embedding
+        save_file(state, path)
+    return path.stat().st_size
+
+
+def read(size: str, form: dict[str, Any], path: Path, device: str) -> nn.Module:
+    """The model from its file, on its device."""
+    if "angles" in form:
+        with torch.device("meta"):
+            model = build(size, {})
+        low = form.get("low_memory", False)
+        return load_packed(path, model, device=device, low_memory=low)
+    with torch.device("meta"):
+        model = build(size, form)
+    if form.get("nf4"):
+        to_nf4(model)
+        state = torch.load(path, weights_only=True, map_location=device)
+        for name, module in model.named_modules():
+            if type(module).__name__ == "Linear4bit":
+                take_nf4(module, f"{name}.weight", state)
+    else:
+        state = load_file(path, device=device)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.head.weight = model.embed.weight
+    assert not any(p.is_meta for p in model.parameters()), "the file lacks a tensor"
+    return model.eval()
+
+
+def take_nf4(module: nn.Module, name: str, state: dict[str, Tensor]) -> None:
+    """A quantised matrix from its stored parts, which go out of the state."""
+    import bitsandbytes as bnb
+
+    parts = {key: state.pop(key) for key in list(state) if key.startswith(name + ".")}
+    data = state.pop(name)
+    module.weight = bnb.nn.Params4bit.from_prequantized(
+        data, quantized_stats=parts, requires_grad=False, device=data.device
+    )
+
+
+def check(model: nn.Module, size: str, device: str) -> float:
+    """Relative difference of the logits with a cache to those without."""
+    vocabulary = SIZES[size][5]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (2, 24), generator=generator).to(device)
+    cache = KVCache(2, 24, device)
+    with torch.no_grad():
+        whole, parts = model(ids).double(), []
+        for first, stop in ((0, 17), (17, 18), (18, 24)):
+            cache.begin(stop - first, stop)
+            parts.append(model(ids[:, first:stop], cache).double())
+            cache.lengths.add_(stop - first)
+    error = float((torch.cat(parts, 1) - whole).norm() / whole.norm())
+    narrow = next(model.parameters()).dtype != torch.float32 or any(
+        "Linear4bit" in type(m).__name__ for m in model.modules()
+    )
+    assert error < (5e-2 if narrow else 1e-4), f"wrong by {error}"
+    return error
+
+
+def pace(generator: TokenGenerator, vocabulary: int, batch: int, new: int) -> tuple[float, float]:
+    """Seconds of the prefill and of a decode step, medians."""
+    prompts = torch.randint(vocabulary, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+    first, steps = [], []
+    for repeat in range(4):
+        start = time.perf_counter()
+        for number, _ in enumerate(generator.stream(list(prompts), Sampling(new, temperature=0))):
+            now = time.perf_counter()
+            if repeat > 0:  # the first round warms up and captures
+                (steps if number else first).append(now - start)
+            start = now
+    return statistics.median(first), statistics.median(steps)
+
+
+class Peak:
+    """Most bytes of this process that are in memory while it is open (Linux)."""
+
+    def __enter__(self) -> "Peak":
+        self.bytes, self._open = resident(), True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._open = False
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while self._open:
+            self.bytes = max(self.bytes, resident())
+            time.sleep(0.002)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
+
+
+def onnx_pace(path: Path, threads: int, vocabulary: int, batch: int, new: int) -> tuple:
+    """As `pace`, by onnxruntime alone."""
+    import numpy as np
+
+    from lightning_bfmoe.deploy.onnx_export.runner import OnnxModel
+
+    model = OnnxModel(path, threads)
+    ids = np.random.default_rng(1).integers(vocabulary, size=(batch, PROMPT))
+    first, steps = [], []
+    for repeat in range(4):
+        fresh, past = ids, None
+        for number in range(new):
+            start = time.perf_counter()
+            logits, past = model(fresh, past)
+            fresh = logits[:, -1].argmax(-1)[:, None]
+            if repeat > 0:
+                (steps if number else first).append(time.perf_counter() - start)
+    return statistics.median(first), statistics.median(steps)
+
+
+def measure(size: str, name: str, path: Path, device: str, threads: int) -> dict:
+    """One form, in this process."""
+    torch.set_num_threads(threads)
+    form, vocabulary, new = FORMS[name], SIZES[size][5], SIZES[size][7]
+    cuda = device == "cuda"
+    tiny = GPT(8, 8, 8, 1, 1).to(device)  # whatever is set up at the first use
+    TokenGenerator(tiny).generate([[1]], Sampling(2))
+    del tiny
+    gc.collect()
+    before = torch.cuda.memory_allocated() if cuda else resident()
+    record: dict[str, Any] = {}
+    start = time.perf_counter()
+    if form.get("onnx"):
+        for batch in BATCHES:
+            first, step = onnx_pace(path, threads, vocabulary, batch, new)
+            record |= rates(batch, first, step)
+        return record | {"resident_bytes": resident() - before}
+    with Peak() as peak:
+        model = read(size, form, path, device)
+        generator = TokenGenerator(model)
+        generator.generate([[1, 2, 3]], Sampling(2, 0))
+        record["load_seconds"] = time.perf_counter() - start
+        gc.collect()
+        after = torch.cuda.memory_allocated() if cuda else resident()
+        record["resident_bytes"] = after - before
+        record["error"] = check(model, size, device)
+        for batch in BATCHES:
+            record |= rates(batch, *pace(generator, vocabulary, batch, new))
+    most = torch.cuda.max_memory_allocated() if cuda else peak.bytes
+    return record | {"peak_bytes": most - before}
+
+
+def rates(batch: int, first: float, step: float) -> dict[str, float]:
+    """Seconds as tokens a second."""
+    rate = {"prefill": batch * PROMPT / first, "decode": batch / step}
+    return {f"{what}_{batch}": value for what, value in rate.items()}
+
+
+def child(arguments: list[str]) -> dict:
+    """The record of `measure` in a fresh process; what went wrong, else."""
+    command = [sys.executable, __file__, "--child", *arguments]
+    threads = arguments[-1]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": threads}
+    )
+    if done.returncode:
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        return {"failed": (last or [f"exit status {done.returncode}"])[0][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def facts(device: str) -> dict:
+    """The machine and the versions."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    return {
+        "device": device, "name": name, "cores": os.cpu_count(), "torch": torch.__version__,
+        "python": platform.python_version(), "commit": commit,
+    }  # fmt: skip
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return (found or [platform.processor()])[0]
+
+
+def jobs(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """Form and threads."""
+    for name in options.forms or FORMS:
+        yield from ((name, threads) for threads in options.threads)
+
+
+def table(records: list[dict]) -> str:
+    """A line a record."""
+    head = f"{'':30} thr   file MB   load s  resident MB   prefill/s  decode/s  decode x8/s"
+    lines = [head]
+    for r in records:
+        start = f"{r['form']:30} {r['threads']:3} "
+        if "failed" in r:
+            lines.append(f"{start} {r['failed'][:70]}")
+            continue
+        cells = (
+            r["file_bytes"] / 1e6, r.get("load_seconds", float("nan")), r["resident_bytes"] / 1e6,
+            r["prefill_1"], r["decode_1"], r["decode_8"],
+        )  # fmt: skip
+        lines.append(start + "{:9.1f} {:8.2f} {:12.1f} {:11.0f} {:9.1f} {:12.1f}".format(*cells))
+    return "\n".join(lines)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the file does not hold yet; its content."""
+    out: Path = options.out
+    content = json.loads(out.read_text()) if out.exists() else {"records": []}
+    content.setdefault("facts", facts(options.device))
+    content |= {"size": options.size, "sizes": SIZES[options.size], "note": options.note}
+    done = {(record["form"], record["threads"]) for record in content["records"]}
+    with tempfile.TemporaryDirectory(prefix="bfmoe-") as folder:
+        for name, threads in jobs(options):
+            if (name, threads) in done:
+                continue
+            path = Path(folder) / f"model{list(FORMS).index(name)}"
+            record: dict[str, Any] = {"form": name, "threads": threads}
+            try:
+                if not path.exists():
+                    write(options.size, FORMS[name], path)
+                files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+                record["file_bytes"] = sum(item.stat().st_size for item in files)
+            except Exception as error:  # a library that is not there is a result too
+                record["failed"] = f"{type(error).__name__}: {error}"[:300]
+            else:
+                arguments = [options.size, name, str(path), options.device, str(threads)]
+                record |= child(arguments)
+            content["records"].append(record)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            temporary = out.with_suffix(".part")
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+            temporary.replace(out)
+            print(table(content["records"]).splitlines()[-1], flush=True)
+    return content
+
+
+def main() -> None:
+    """Measure, write, print."""
+    if sys.argv[1:2] == ["--child"]:
+        size, name, path, device, threads = sys.argv[2:]
+        print(json.dumps(measure(size, name, Path(path), device, int(threads))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--size", default="small", choices=list(SIZES))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), help="only these")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "deploy.json")
+    parser.add_argument("--note", default="", help="what else ran on the machine")
+    content = run(parser.parse_args())
+    print(table(content["records"]))
+
+
+if __name__ == "__main__":
+    main()
