@@ -32,6 +32,7 @@ _DOOR = {
     "load_packed": "lightning_bfmoe.deploy",
     "pack": "lightning_bfmoe.deploy",
     "plan_memory": "lightning_bfmoe.deploy",
+    "prune_experts": "lightning_bfmoe.calibrate.experts",
     "register_adapter": "lightning_bfmoe.swap",
     "restore": "lightning_bfmoe.swap",
     "selected_swap": "lightning_bfmoe.selected",
