@@ -5,8 +5,8 @@
 Each mutation is read by `inspect_packed`, `verify_packed` and `load_packed`. Allowed are a
 `PackedFileError` (the model then is as before) and, for a forgery that is well formed, a model that
 computes. Half of the mutations damage bytes; the other half are forged with a fitting digest and
-checksums, so that they get past those. The process may not take more than 4 GiB, so a size that
-is believed before it is checked is noticed.
+checksums, so that they get past those. The process may not take more than `--memory` (4) GiB, so a
+size that is believed before it is checked is noticed.
 """
 
 import argparse
@@ -32,7 +32,6 @@ ODD = [
     "a\x00b", "0.weight", "float16", "int8", "2", "1.6", [], [[]], [0, 2**40], {},
     {"path": "../.."},
 ]  # fmt: skip
-LIMIT = 4 << 30
 
 
 def build() -> nn.Module:
@@ -202,11 +201,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mutations", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory", type=int, default=4, help="GiB for the process; 0: no limit")
     options = parser.parse_args()
-    if sys.platform == "linux":
+    if options.memory and sys.platform == "linux":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (options.memory << 30, hard))
     with tempfile.TemporaryDirectory() as folder:
         found = fuzz(options.mutations, options.seed, Path(folder))
     for rule, count in found.most_common():
