@@ -11,11 +11,12 @@ SPECS := pyproject.toml constraints.txt hatch_build.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint types format notebooks docs clean
+.PHONY: help quickstart test browser lint types format notebooks docs clean
 
 help:
 	@echo 'make quickstart   make $(VENV), train, pack, reload and generate (ARGS="--help" lists options)'
 	@echo 'make test         the whole gate: ruff, mypy, pytest (ARGS="-k router" narrows pytest)'
+	@echo 'make browser      drive JupyterLab and an exported page in a Chromium (installs both if missing)'
 	@echo 'make lint         ruff: rules and formatting'
 	@echo 'make types        mypy'
 	@echo 'make format       let ruff rewrite the files'
@@ -36,6 +37,19 @@ test: $(VENV)/.dev $(VENV)/.corpus
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+# A browser of the system is taken as it is; else Debian's package (as root), else playwright's own.
+browser: $(VENV)/.dev
+	$(PIP) install --quiet -c constraints.txt jupyterlab playwright
+	@if which chromium chromium-browser google-chrome google-chrome-stable 2>/dev/null | grep -q .; then \
+	  echo 'browser: that of the system'; \
+	elif [ "$$(id -u)" = 0 ] && grep -qs '^ID=debian' /etc/os-release; then \
+	  echo "browser: installing Debian's chromium"; \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
+	else \
+	  echo 'browser: installing the one of playwright'; $(BIN)/playwright install chromium; \
+	fi
+	OMP_NUM_THREADS=1 BFMOE_BROWSER_REQUIRED=1 $(BIN)/python -m pytest tests/browser $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

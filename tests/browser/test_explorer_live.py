@@ -2,7 +2,6 @@
 
 import json
 
-import nbformat
 import numpy as np
 import pytest
 
@@ -156,6 +155,8 @@ def run_cell(page, number: int) -> None:
 
 
 def test_it_is_live_in_jupyterlab(watched, lab, recording):
+    import nbformat  # it comes with JupyterLab
+
     address, root = lab
     recording.write(root / "orbits.safetensors")
     cells = [nbformat.v4.new_code_cell(source.strip()) for source in (CELL, CHECK)]

@@ -86,6 +86,13 @@ def test_the_wheel_holds_the_recipes(wheel):
     assert recipes, "the top-level folder callbacks/ is empty"
 
 
+def test_the_wheel_holds_what_the_widgets_are_made_of(wheel):
+    folder = "lightning_bfmoe/viz/static/"
+    shipped = {name.removeprefix(folder) for name in wheel.namelist() if name.startswith(folder)}
+    assert shipped == relative_files(ROOT / folder, "*")
+    assert {Path(name).suffix for name in shipped} == {".js", ".css"}
+
+
 def test_the_wheel_holds_nothing_else(wheel):
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert tops == {"lightning_bfmoe", f"lightning_bfmoe-{lightning_bfmoe.__version__}.dist-info"}
