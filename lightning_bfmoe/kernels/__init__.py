@@ -2,12 +2,14 @@
 
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, describe, kernels, register, use_kernel
 from lightning_bfmoe.kernels.linear import PackedLinear, packed_linear
+from lightning_bfmoe.kernels.quantize import blend_to_ternary
 from lightning_bfmoe.kernels.rotation import rotate
 from lightning_bfmoe.kernels.ternary import ternary_linear
 
 __all__ = [
     "Kernel",
     "PackedLinear",
+    "blend_to_ternary",
     "choose",
     "describe",
     "kernels",

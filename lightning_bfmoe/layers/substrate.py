@@ -10,10 +10,9 @@ from lightning_bfmoe.functional.packing import pack_trits, packed_size, unpack_t
 from lightning_bfmoe.functional.ternary import (
     check_finite,
     dequantize_ternary,
-    quantize_ternary,
     ternarize,
 )
-from lightning_bfmoe.kernels import ternary_linear
+from lightning_bfmoe.kernels import blend_to_ternary, ternary_linear
 from lightning_bfmoe.layers.precision import KeepsFloat32
 
 
@@ -77,7 +76,7 @@ class Substrate(KeepsFloat32):
         Quantised anew at every call: a write through `.data` or by a fused optimizer leaves no
         trace that a cache could see. A packed substrate, which nobody trains, keeps its matrix.
         """
-        weight = quantize_ternary(self.latent, self._blend, self.scale, self.granularity)
+        weight = blend_to_ternary(self.latent, self._blend, self.scale, self.granularity)
         return weight.to(dtype)
 
     def linear(self, x: Tensor) -> Tensor:

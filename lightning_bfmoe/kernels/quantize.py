@@ -1,0 +1,100 @@
+"""The op "blend a latent matrix towards its ternary form": the definition, or fused on the CPU."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_bfmoe.functional.ternary import quantize_ternary
+from lightning_bfmoe.kernels.dispatch import Kernel, choose, register
+from lightning_bfmoe.kernels.library import library, missing_cpu
+
+
+def blend_to_ternary(
+    weight: Tensor, blend: Tensor, scale: str = "lstsq", granularity: str = "row"
+) -> Tensor:
+    """`functional.quantize_ternary`, by the fastest kernel; all give the same numbers, bit by bit.
+
+    Example:
+        >>> w = torch.tensor([[1.0, -0.9, 0.05]])
+        >>> blend_to_ternary(w, torch.tensor(1.0))
+        tensor([[ 0.9500, -0.9500,  0.0000]])
+
+    Args:
+        weight: Latent weights, (d_out, d_in).
+        blend: Lambda, 0-d float32.
+        scale: See `functional.ternarize`.
+        granularity: See `functional.ternarize`.
+
+    Returns:
+        The blended weight, same shape and dtype, with a straight-through gradient.
+    """
+    kernel = choose("quantize", weight, blend, scale, granularity)
+    return kernel.run(weight, blend, scale, granularity)
+
+
+def quantize_cpu(weight: Tensor, blend: Tensor, scale: str, granularity: str) -> Tensor:
+    """Two walks over each row in the compiled library; the rows are sorted by NumPy."""
+    return blended(weight, blend, granularity == "row")
+
+
+def suits_cpu(weight: Tensor, blend: Tensor, scale: str, granularity: str) -> bool:
+    """A float32 matrix on the CPU with least-squares scales."""
+    return (
+        weight.device.type == "cpu"
+        and blend.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and scale == "lstsq"
+        and weight.numel() > 0
+        and granularity in ("row", "tensor")
+        and not missing_cpu()
+    )
+
+
+torch.library.define("bfmoe::quantize_cpu", "(Tensor weight, Tensor blend, bool by_row) -> Tensor")
+blended = torch.ops.bfmoe.quantize_cpu.default
+
+
+@torch.library.impl("bfmoe::quantize_cpu", "CPU")
+def _blended(weight: Tensor, blend: Tensor, by_row: bool) -> Tensor:
+    weight = weight.detach().contiguous()
+    rows = weight.shape[0] if by_row else 1
+    ordered = np.abs(weight.numpy().reshape(rows, -1))
+    ordered.sort(axis=1)
+    out = torch.empty_like(weight)
+    library().bfmoe_quantize(
+        weight.data_ptr(), ordered.ctypes.data, out.data_ptr(), rows, ordered.shape[1],
+        float(blend), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+@torch.library.register_fake("bfmoe::quantize_cpu")
+def _(weight: Tensor, blend: Tensor, by_row: bool) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+    return grad, None, None  # straight through
+
+
+torch.library.register_autograd("bfmoe::quantize_cpu", _backward)
+
+register(
+    Kernel(
+        "quantize",
+        "reference",
+        quantize_ternary,
+        lambda *_: True,
+        "pass by pass in PyTorch; any device, dtype and scale",
+    )
+)
+register(
+    Kernel(
+        "quantize",
+        "cpu",
+        quantize_cpu,
+        suits_cpu,
+        "compiled, the same numbers bit by bit; CPU, float32, least-squares scales",
+        missing=missing_cpu,
+    )
+)
