@@ -14,8 +14,11 @@ import numpy as np
 import onnxruntime
 
 
-def load(folder, threads=0):
-    """Settings, session and tokenizer (None: bytes), once every file is known to be whole."""
+def load(folder, threads=0, library=None):
+    """Settings, session and tokenizer (None: bytes), once every file is known to be whole.
+
+    With a library that holds our custom op (docs/deploy.md) the rotations run fused.
+    """
     settings = json.loads((folder / "generation.json").read_text(encoding="utf-8"))
     if (settings["format"], settings["version"]) != ("bfmoe-onnx", 1):
         raise ValueError("generation.json is of another version")
@@ -28,7 +31,10 @@ def load(folder, threads=0):
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    session = onnxruntime.InferenceSession(folder / "model.onnx", options)
+    if library is not None:
+        options.register_custom_ops_library(str(library.resolve()))
+    graph = "model.onnx" if library is None else "model_ops.onnx"
+    session = onnxruntime.InferenceSession(folder / graph, options)
     if settings["tokenizer"] == "bytes":
         return settings, session, None
     from tokenizers import Tokenizer
@@ -65,11 +71,14 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--prompt", default="Hello")
     parser.add_argument("--threads", type=int, default=0, help="0: one a core")
+    parser.add_argument(
+        "--library", type=Path, help="with the custom op; left out: the stock graph"
+    )
     for name, kind in (("num_tokens", int), ("temperature", float), ("top_k", int), ("seed", int)):
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=kind)
     given = vars(parser.parse_args())
     try:
-        settings, session, words = load(given.pop("folder"), given.pop("threads"))
+        settings, session, words = load(*map(given.pop, ("folder", "threads", "library")))
         text = given.pop("prompt")
         raw = list(text.encode())  # raises unless it is text
         ids = raw if words is None else words.encode(text).ids

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from examples.gpt import GPT
 from lightning_bfmoe import export_onnx, load_packed, pack, swap_feed_forward
 from lightning_bfmoe.deploy.onnx_export.folder import digest
-from lightning_bfmoe.deploy.onnx_export.runner import OnnxModel
+from lightning_bfmoe.deploy.onnx_export.runner import OnnxModel, find_library
 from lightning_bfmoe.errors import ConfigError, ExportError, PackedFileError
 from lightning_bfmoe.layers import ButterflyMoE, moe_layers, set_blend
 
@@ -107,10 +108,9 @@ def test_greedy_text_and_the_end_of_the_context(packed, runner):
 def test_settings_name_every_file_and_no_path_of_this_machine(exported):
     settings = json.loads((exported / "generation.json").read_text())
     assert settings["generation"]["eos"] == [7] and settings["tokenizer"] == "bytes"
-    assert set(settings["files"]) == {"model.onnx", "weights.bin"}
-    assert sorted(path.name for path in exported.iterdir()) == [
-        "generation.json", "model.onnx", "weights.bin",
-    ]  # fmt: skip
+    graphs = {"model.onnx", "model_ops.onnx"}
+    assert set(settings["files"]) == {*graphs, "weights.bin"}
+    assert {path.name for path in exported.iterdir()} == {*graphs, "weights.bin", "generation.json"}
     text = (exported / "model.onnx").read_bytes()
     assert b"site-packages" not in text and str(exported.parent).encode() not in text
     nodes = onnx.load(exported / "model.onnx", load_external_data=False).graph.node
@@ -120,6 +120,19 @@ def test_settings_name_every_file_and_no_path_of_this_machine(exported):
         attributes = {a.name: a.i for a in node.attribute}
         assert (attributes["bits"], attributes["accuracy_level"]) == (2, 4)
     assert {node.domain for node in nodes} <= {"", "com.microsoft"}
+
+
+def test_the_custom_op_computes_what_the_stock_graph_does(exported, runner, tmp_path):
+    if find_library() == Path():
+        pytest.skip("the CPU kernels are not compiled here")
+    stock = OnnxModel(exported, threads=1, library="")
+    assert runner.fused and not stock.fused
+    nodes = onnx.load(exported / "model_ops.onnx", load_external_data=False).graph.node
+    assert {node.op_type for node in nodes if node.domain == "bfmoe"} == {"RotateRows"}
+    for ids in (IDS, IDS[:1, :1], IDS[:0]):
+        np.testing.assert_allclose(runner(ids)[0], stock(ids)[0], rtol=0, atol=1e-4)
+    with pytest.raises(ExportError, match=r"onnxruntime can run the graph: got .*no_such.so"):
+        OnnxModel(exported, library=tmp_path / "no_such.so")
 
 
 @pytest.mark.parametrize(
@@ -162,11 +175,11 @@ def forge(folder, edit):
 def test_a_graph_that_the_runtime_does_not_know(copied):
     forge(copied, lambda model: setattr(model.opset_import[0], "version", 99))
     with pytest.raises(ExportError, match=r"knows the graph's opset.*or export with a lower opset"):
-        OnnxModel(copied)
+        OnnxModel(copied, library="")
     forge(copied, lambda model: setattr(model.opset_import[0], "version", 21))
     forge(copied, lambda model: setattr(model.graph.node[3], "op_type", "Unheard"))
     with pytest.raises(ExportError, match="onnxruntime can run the graph: got .*Unheard"):
-        OnnxModel(copied)
+        OnnxModel(copied, library="")
 
 
 def test_an_old_runtime(exported, monkeypatch):

@@ -35,7 +35,7 @@ def rotation(d, kind, stages=None):
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "int8", "int4"])
 @pytest.mark.parametrize("d", WIDTHS)
 @pytest.mark.parametrize("inverse", [False, True])
-def test_angles_in_deck_order_rotate_alike(d, kind, inverse):
+def test_stored_angles_rotate_alike(d, kind, inverse):
     source = rotation(d, kind, stages=min(2, num_stages(d)) if d == 12 else None)
     x, ids = torch.randn(5, d), torch.randint(EXPERTS, (5,))
     y = ExportedRotation(source, d, inverse=inverse)(x, ids)

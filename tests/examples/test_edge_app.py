@@ -121,6 +121,7 @@ def newer_opset(folder):
     ("damage", "match"),
     [
         (lambda folder: (folder / "weights.bin").write_bytes(b"1234"), "weights.bin is damaged"),
+        (lambda folder: (folder / "model_ops.onnx").write_bytes(b""), "model_ops.onnx is damaged"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
         (lambda folder: (folder / "generation.json").write_bytes(b"\xff{"), "DecodeError"),
         (newer_opset, "opset"),

@@ -1,6 +1,7 @@
 """The exported folder: graph, weights, tokenizer, and a JSON that says what belongs to it.
 
-    model.onnx        the graph
+    model.onnx        the graph, for the stock onnxruntime wheel
+    model_ops.onnx    the same with our custom op for the rotations, where its library is there
     weights.bin       its numbers, which onnxruntime maps into memory
     tokenizer.json    of the package `tokenizers`; a model of bytes has none
     generation.json   names, sizes and SHA-256 of the above; the context; the cache; sampling
@@ -21,12 +22,8 @@ from typing import Any
 from lightning_bfmoe.errors import ExportError
 
 FORMAT, VERSION = "bfmoe-onnx", 1
-MODEL, WEIGHTS, TOKENIZER, SETTINGS = (
-    "model.onnx",
-    "weights.bin",
-    "tokenizer.json",
-    "generation.json",
-)
+MODEL, MODEL_OPS, WEIGHTS = "model.onnx", "model_ops.onnx", "weights.bin"
+TOKENIZER, SETTINGS = "tokenizer.json", "generation.json"
 AGAIN = "Copy the whole folder again, or export the model again."
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from lightning_bfmoe.deploy.onnx_export.cache import CachedModel, Logits
-from lightning_bfmoe.deploy.onnx_export.folder import MODEL, WEIGHTS
+from lightning_bfmoe.deploy.onnx_export.folder import MODEL, MODEL_OPS, WEIGHTS
 from lightning_bfmoe.deploy.onnx_export.lower import lower
 from lightning_bfmoe.deploy.onnx_export.ops import DOMAIN
 from lightning_bfmoe.errors import ExportError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 OPSETS = (21, 22, 23)
 """Opsets that we write and test."""
+INLINE, ALIGNMENT = 1024, 64
+"""Constants of fewer bytes stay in the graph; where larger ones may start in the weights' file."""
 IR_VERSION = 10
 """Of the file; the highest that onnxruntime 1.28 reads is newer."""
 
@@ -66,16 +69,46 @@ def to_onnx(module: CachedModel | Logits, ids: Tensor, opset: int) -> ir.Model:
 
 
 def write_graph(model: ir.Model, folder: Path, products: str) -> None:
-    """Lowers the opaque nodes and writes graph and weights."""
+    """Lowers the opaque nodes and writes two graphs over one file of weights.
+
+    `model.onnx` has standard and `com.microsoft` nodes only; in `model_ops.onnx` the rotations are
+    nodes of our custom op (`csrc/ort_ops.cpp`).
+    """
     import onnx_ir
 
-    lower(model, products)
     model.ir_version = IR_VERSION
     model.producer_name = "lightning-bfmoe"
     for node in model.graph.all_nodes():  # paths and stack traces of the machine that exported
         node.metadata_props.clear()
         node.doc_string = None
-    onnx_ir.save(model, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=1024)
+    places: dict[str, int] = {}
+    with open(folder / WEIGHTS, "wb") as file:
+        for name, rotations in ((MODEL, True), (MODEL_OPS, False)):
+            lowered = model.clone()
+            lower(lowered, products, rotations)
+            _move_weights(lowered, file, places, folder)
+            onnx_ir.save(lowered, folder / name)
+
+
+def _move_weights(model: ir.Model, file: BinaryIO, places: dict[str, int], folder: Path) -> None:
+    """Large constants go to the file, each once; `places` says where those of earlier calls are."""
+    import onnx_ir
+
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.nbytes < INLINE:
+            continue
+        data = tensor.tobytes()
+        key = f"{tensor.dtype}{tensor.shape}{hashlib.sha256(data).hexdigest()}"
+        if key not in places:
+            file.write(b"\0" * (-file.tell() % ALIGNMENT))
+            places[key] = file.tell()
+            file.write(data)
+        value.const_value = onnx_ir.ExternalTensor(
+            WEIGHTS, places[key], len(data), tensor.dtype,
+            shape=tensor.shape, name=tensor.name or value.name or "", base_dir=folder,
+        )  # fmt: skip
 
 
 def translations(opset: Any) -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from lightning_bfmoe.deploy.onnx_export.ops import code_trits, deck_order, product, rotate_rows
+from lightning_bfmoe.deploy.onnx_export.ops import code_trits, product, rotate_rows
 from lightning_bfmoe.errors import PackedFileError
 from lightning_bfmoe.functional.activation_quant import round_rows
-from lightning_bfmoe.functional.codes import pack_nibbles, unpack_nibbles
 from lightning_bfmoe.layers import (
     ButterflyExperts,
     ButterflyLinear,
@@ -20,10 +19,10 @@ from lightning_bfmoe.layers import (
 
 
 class ExportedRotation(nn.Module):
-    """`layers.Rotation` with its stored numbers in deck order.
+    """`layers.Rotation` on rows in any order, with its numbers as they are stored.
 
     Args:
-        rotation: Of a packed layer; its encoding is kept, no code is made anew.
+        rotation: Of a packed layer.
         d: Width of the rows.
         inverse: Apply B^T.
     """
@@ -34,22 +33,10 @@ class ExportedRotation(nn.Module):
     def __init__(self, rotation: Rotation | CodedRotation, d: int, *, inverse: bool) -> None:
         super().__init__()
         self.d, self.inverse = d, inverse
-        stages = rotation.stages
-        index, sign, _ = (torch.from_numpy(array) for array in deck_order(d, stages))
-        scales = torch.zeros(0, dtype=torch.float16)
-        if isinstance(rotation, CodedRotation):
-            numbers, scales = rotation.codes, rotation.scales
-            if rotation.bits == 4:
-                numbers = unpack_nibbles(numbers, rotation.shape[-1])
-        else:
-            numbers = rotation.angles.detach()
-        # column num_pairs(d) is the angle 0 of the card that sits out
-        numbers = nn.functional.pad(numbers, (0, 1)).gather(2, index.expand(len(numbers), -1, -1))
-        numbers = numbers * sign.to(numbers.dtype)
-        if isinstance(rotation, CodedRotation) and rotation.bits == 4:
-            numbers = pack_nibbles(numbers)
-        self.register_buffer("angles", numbers.contiguous())
-        self.register_buffer("scales", scales)
+        coded = isinstance(rotation, CodedRotation)
+        self.register_buffer("angles", rotation.codes if coded else rotation.angles.detach())
+        empty = torch.zeros(0, dtype=torch.float16)
+        self.register_buffer("scales", rotation.scales if coded else empty)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """Rows (rows, d), each by its expert's rotation."""

@@ -28,18 +28,19 @@ FEW_ROWS = 4
 """Up to so many rows (tokens x top-k) the 2-bit product is taken with `both`."""
 
 
-def lower(model: ir.Model, products: str) -> None:
+def lower(model: ir.Model, products: str, rotations: bool = True) -> None:
     """Replaces every opaque node, in place.
 
     Args:
         model: From `torch.onnx.export`, with nodes `bfmoe::RotateRows` and `bfmoe::TernaryProduct`.
         products: `2bit`, `int8`, or `both`: chosen by the number of rows when the graph runs.
+        rotations: False leaves the rotations to the custom op of `csrc/ort_ops.cpp`.
     """
     import onnx_ir.convenience as convenience
 
     graph = model.graph
     for node in list(graph):
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN or (node.op_type == "RotateRows" and not rotations):
             continue
         build = Builder(graph, node.name or node.op_type)
         x, *others = node.inputs
@@ -50,19 +51,20 @@ def lower(model: ir.Model, products: str) -> None:
             y = _product(build, products, x, *others, d_in=node.attributes["d_in"].as_int())
         y.type, y.shape = node.outputs[0].type, node.outputs[0].shape
         convenience.replace_nodes_and_values(graph, node, [node], build.nodes, node.outputs, [y])
-    model.opset_imports.pop(DOMAIN, None)
+    if rotations:
+        model.opset_imports.pop(DOMAIN, None)
     model.opset_imports[MICROSOFT] = 1
     for name in [n for n, value in graph.initializers.items() if not value.uses()]:
         del graph.initializers[name]  # the empty scales beside float angles
 
 
 def _rotate(
-    b: Builder, x: Any, ids: Any, angles: Any, scales: Any = None, *, d: int, inverse: bool
+    b: Builder, x: Any, ids: Any, angles: Any, scales: Any, *, d: int, inverse: bool
 ) -> ir.Value:
     stages, half = angles.shape[1], -(-d // 2)
-    _, _, deck = deck_order(d, stages)
+    index, sign, deck = deck_order(d, stages)
     ordered = bool((np.diff(deck) == 1).all())
-    cos, sin = _cos_sin(b, ids, angles, scales, half)
+    cos, sin = _cos_sin(b, ids, _in_deck_order(b, angles, index), scales, sign)
     matrix = b("Concat", cos, b("Neg", sin), sin, cos, axis=-1)  # (rows, stages, 4 * half)
     matrix = b.reshape(matrix, [0, stages, 2, 2, half])
     steps = b("Split", matrix, axis=1, num_outputs=stages, outputs=stages)
@@ -89,23 +91,29 @@ def _rotate(
     return x
 
 
-def _cos_sin(b: Builder, ids: Any, angles: Any, scales: Any, half: int) -> tuple[Any, Any]:
-    """Of each row's angles in float32, (rows, stages, half)."""
-    rows = b("Gather", angles, ids, axis=0)
-    if angles.dtype == b.ir.DataType.UINT8:
-        low = b("BitwiseAnd", rows, b.const(15, np.uint8))
-        high = b("BitShift", rows, b.const(4, np.uint8), direction="RIGHT")
+def _in_deck_order(b: Builder, angles: Any, index: np.ndarray) -> ir.Value:
+    """All experts' numbers permuted, (experts, stages * half): made when the session starts."""
+    width = angles.shape[2]
+    if angles.dtype == b.ir.DataType.UINT8:  # two codes a byte
+        low = b("BitwiseAnd", angles, b.const(15, np.uint8))
+        high = b("BitShift", angles, b.const(4, np.uint8), direction="RIGHT")
         last = b.const([-1])
-        both = b("Concat", b("Unsqueeze", low, last), b("Unsqueeze", high, last), axis=-1)
-        rows = b.reshape(both, [0, angles.shape[1], 2 * angles.shape[2]])
-        if half % 2:
-            rows = b("Slice", rows, b.const([0]), b.const([half]), b.const([2]))
-        rows = b("Sub", b("Cast", rows, to=_FLOAT), b.const(8, np.float32))
-    elif angles.dtype != b.ir.DataType.FLOAT:
-        rows = b("Cast", rows, to=_FLOAT)
-    if scales is not None and scales.shape[0] > 0:
+        digits = b("Concat", b("Unsqueeze", low, last), b("Unsqueeze", high, last), axis=-1)
+        angles = b("Gather", b.const(np.arange(16) - 8, np.int8), b("Cast", digits, to=_INT32))
+        width = 2 * width
+    flat = index + width * np.arange(len(index))[:, None]
+    return b("Gather", b.reshape(angles, [0, -1]), b.const(flat.reshape(-1), np.int32), axis=1)
+
+
+def _cos_sin(b: Builder, ids: Any, table: Any, scales: Any, sign: np.ndarray) -> tuple[Any, Any]:
+    """Of each row's angles in float32, (rows, stages, half)."""
+    rows = b.reshape(b("Gather", table, ids, axis=0), [0, *sign.shape])
+    rows = b("Cast", rows, to=_FLOAT)
+    if scales.shape[0] > 0:
         scale = b("Cast", b("Gather", scales, ids, axis=0), to=_FLOAT)
         rows = b("Mul", rows, b("Unsqueeze", scale, b.const([-1])))
+    if not (sign == 1).all():
+        rows = b("Mul", rows, b.const(sign, np.float32))
     return b("Cos", rows), b("Sin", rows)
 
 

@@ -1,16 +1,17 @@
 """The two products of a packed layer as opaque torch ops, so that an exported graph can name them.
 
 In PyTorch they compute what the packed layer computes, in float32; `lower` turns each into ONNX
-nodes. Angles come in *deck order*: a stage of the network rotates neighbouring slots of a deck of
-cards and then un-shuffles it (`functional.butterfly`), so that with the angles permuted once, at
-export, every stage of every width is the same few operations on contiguous halves.
+nodes. For those the angles are put into *deck order*: a stage of the network rotates neighbouring
+slots of a deck of cards and then un-shuffles it (`functional.butterfly`), so that every stage of
+every width is the same few operations on contiguous halves.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_bfmoe.functional.butterfly import num_pairs
+from lightning_bfmoe.functional.butterfly import apply_butterfly, num_pairs
+from lightning_bfmoe.functional.codes import decode_codes, unpack_nibbles
 
 BLOCK = 128
 """Columns of a `MatMulNBits` block: the size with the fastest kernel (`docs/decisions.md`)."""
@@ -21,7 +22,8 @@ DOMAIN = "bfmoe"
 def deck_order(d: int, stages: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where each stage's neighbours find their angle, and how the deck lies in the end.
 
-    An odd deck gets one more card at its end, which never leaves its slot; it is rotated by 0.
+    An odd deck gets one more card at its end, which never leaves its slot. Its partner is not
+    rotated: sign 0.
 
     Example:
         >>> index, sign, deck = deck_order(4, 2)
@@ -33,18 +35,18 @@ def deck_order(d: int, stages: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         stages: Stages of the rotation.
 
     Returns:
-        Angle index (stages, ceil(d / 2)), where num_pairs(d) stands for the angle 0; its sign, the
-        same shape; the coordinate in each slot after the last stage (d, or d + 1 when d is odd).
+        Angle index (stages, ceil(d / 2)); its sign -1, 0 or 1, the same shape; the coordinate in
+        each slot after the last stage (d, or d + 1 when d is odd).
     """
     deck = np.arange(d + d % 2)
     index, sign = [], []
     for _ in range(stages):
         left, right = deck[0::2], deck[1::2]
         low, real = np.minimum(left, right), np.maximum(left, right) < d
-        rank = np.full(deck.size, num_pairs(d))
+        rank = np.zeros(deck.size, np.int64)
         rank[np.sort(low[real])] = np.arange(int(real.sum()))
-        index.append(np.where(real, rank[low], num_pairs(d)))
-        sign.append(np.where(left > right, -1, 1))
+        index.append(rank[low])
+        sign.append(np.where(left > right, -1, 1) * real)
         deck = np.concatenate([deck[0::2], deck[1::2]])
     return np.stack(index), np.stack(sign), deck
 
@@ -92,40 +94,18 @@ def rotate_rows(
     Args:
         x: Rows (rows, d), float32.
         ids: Expert of each row, (rows,) int64.
-        angles: In deck order, (experts, stages, ceil(d / 2)): float16, float32 or int8 codes; or
-            uint8, two 4-bit codes a byte.
+        angles: (experts, stages, pairs): float16, float32 or int8 codes; or uint8, two 4-bit codes
+            a byte.
         scales: (experts, stages) float16 of codes; empty beside floats.
         d: Width of the rows.
         inverse: Apply B^T.
     """
-    rows = x.shape[0]
-    table, deck = decode_table(angles, scales, d), deck_order(d, angles.shape[1])[2]
-    y = torch.nn.functional.pad(x, (0, d % 2))
-    cos, sin = table[ids].cos(), table[ids].sin()  # (rows, stages, half)
-    order = torch.from_numpy(deck)
-    half, stages = order.numel() // 2, range(angles.shape[1])
-    if inverse:
-        y = y[:, order]
-        for s in reversed(stages):
-            a, b = y[:, :half], y[:, half:]
-            pair = (cos[:, s] * a + sin[:, s] * b, cos[:, s] * b - sin[:, s] * a)
-            y = torch.stack(pair, dim=-1).reshape(rows, -1)
-        return y[:, :d].clone()
-    for s in stages:
-        a, b = y[:, 0::2], y[:, 1::2]
-        y = torch.cat((cos[:, s] * a - sin[:, s] * b, sin[:, s] * a + cos[:, s] * b), dim=-1)
-    return y[:, torch.argsort(order)][:, :d].clone()
+    if angles.dtype == torch.uint8:
+        angles = unpack_nibbles(angles, num_pairs(d))
+    wide = angles.float() if scales.numel() == 0 else decode_codes(angles, scales)
+    return apply_butterfly(x, wide[ids], inverse)
 
 
 @rotate_rows.register_fake
 def _(x: Tensor, ids: Tensor, angles: Tensor, scales: Tensor, d: int, inverse: bool) -> Tensor:
     return torch.empty_like(x)
-
-
-def decode_table(angles: Tensor, scales: Tensor, d: int) -> Tensor:
-    """The float32 angles of a table, (experts, stages, ceil(d / 2))."""
-    if angles.dtype == torch.uint8:
-        digits = torch.stack([angles & 15, angles >> 4], dim=-1).flatten(-2)
-        angles = (digits.to(torch.int8) - 8)[..., : -(-d // 2)]
-    wide = angles.float()
-    return wide if scales.numel() == 0 else wide * scales.float().unsqueeze(-1)

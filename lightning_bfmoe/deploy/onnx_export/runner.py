@@ -1,5 +1,7 @@
 """An exported folder on onnxruntime, with its cache. `examples/edge_app.py` does it without us."""
 
+import ctypes
+import os
 import re
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bfmoe.deploy.onnx_export.folder import AGAIN, MODEL, read_settings
+from lightning_bfmoe.deploy.onnx_export.folder import AGAIN, MODEL, MODEL_OPS, read_settings
 from lightning_bfmoe.errors import ExportError
 
 MIN_RUNTIME = (1, 28)
@@ -20,25 +22,31 @@ Cache = list[NDArray[np.float32]]
 class OnnxModel:
     """The exported model as a function of ids and a cache.
 
-    Example:
-        >>> model = OnnxModel("edge")  # doctest: +SKIP
-        >>> model.generate(np.array([[72, 105]]), 20)  # doctest: +SKIP
-
     Args:
         folder: Written by `export_onnx`.
         threads: Of onnxruntime; None: one a core.
         options: Further entries of its session configuration.
+        library: A library with the custom op for the rotations; None: the one that was compiled
+            with this package, where it is there; the empty path: none, the stock graph runs.
 
     Raises:
         ExportError: The folder is damaged, or the runtime missing, too old, or without the opset.
     """
 
     def __init__(
-        self, folder: str | Path, threads: int | None = None, options: dict[str, str] | None = None
+        self,
+        folder: str | Path,
+        threads: int | None = None,
+        options: dict[str, str] | None = None,
+        library: str | Path | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.settings: dict[str, Any] = read_settings(self.folder)
-        self.session = open_session(self.folder / MODEL, threads, options)
+        found = find_library() if library is None else Path(library)
+        self.fused = found != Path() and (self.folder / MODEL_OPS).is_file()
+        """Whether the custom op computes the rotations."""
+        graph = self.folder / (MODEL_OPS if self.fused else MODEL)
+        self.session = open_session(graph, threads, options, found if self.fused else None)
         self.context: int | None = self.settings.get("context")
 
     def empty_past(self, batch: int) -> Cache:
@@ -94,10 +102,23 @@ class OnnxModel:
         return np.concatenate(written, axis=1)
 
 
+def find_library() -> Path:
+    """The library that was compiled with this package, if it holds the custom op; else `Path()`."""
+    from lightning_bfmoe.kernels.library import BUILT, missing_cpu
+
+    path = Path(os.environ.get("BFMOE_CPU_LIBRARY", BUILT))
+    if missing_cpu() or not hasattr(ctypes.CDLL(str(path.resolve())), "RegisterCustomOps"):
+        return Path()
+    return path
+
+
 def open_session(
-    path: Path, threads: int | None = None, options: dict[str, str] | None = None
+    path: Path,
+    threads: int | None = None,
+    options: dict[str, str] | None = None,
+    library: Path | None = None,
 ) -> Any:
-    """A CPU session.
+    """A CPU session, with the custom ops of a library.
 
     Raises:
         ExportError: onnxruntime is missing or too old, or cannot run the graph.
@@ -125,6 +146,8 @@ def open_session(
     for name, value in (options or {}).items():
         settings.add_session_config_entry(name, value)
     try:
+        if library is not None:
+            settings.register_custom_ops_library(str(library.resolve()))
         return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has its own exceptions for each code
         text = str(error)
