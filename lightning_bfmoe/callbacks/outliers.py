@@ -24,8 +24,10 @@ from lightning_bfmoe.functional.outliers import (
     merge_moments,
     outlier_moments,
 )
-from lightning_bfmoe.layers import ButterflyMoE, Rotation, moe_layers
+from lightning_bfmoe.layers import ButterflyMoE, CodedRotation, Rotation, moe_layers
 from lightning_bfmoe.layers.passes import is_counted
+
+Measured = Rotation | CodedRotation | nn.Linear
 
 
 class ActivationOutliers(pl.Callback):
@@ -102,8 +104,8 @@ class ActivationOutliers(pl.Callback):
             self._handles.append(module.register_forward_hook(site.record))
             self._sites.append(site)
 
-    def _modules(self, pl_module: pl.LightningModule) -> list[tuple[str, Rotation | nn.Linear]]:
-        found: list[tuple[str, Rotation | nn.Linear]] = []
+    def _modules(self, pl_module: pl.LightningModule) -> list[tuple[str, Measured]]:
+        found: list[tuple[str, Measured]] = []
         if self.dense is not None:
             modules = pl_module.named_modules()
             linears = [(name, m) for name, m in modules if isinstance(m, nn.Linear)]
@@ -196,14 +198,13 @@ class ActivationOutliers(pl.Callback):
 class _Site:
     """One hooked module and the moments of what passes it; idle unless `active`."""
 
-    def __init__(
-        self, path: str, module: Rotation | nn.Linear, max_rows: int, hadamard: bool
-    ) -> None:
+    def __init__(self, path: str, module: Measured, max_rows: int, hadamard: bool) -> None:
         self.path, self.max_rows, self.hadamard = path, max_rows, hadamard
-        self.rotated = isinstance(module, Rotation)
+        self.rotated = not isinstance(module, nn.Linear)
         self.views = ["before"] + ["after"] * self.rotated + ["hadamard"] * hadamard
-        weight = module.angles if isinstance(module, Rotation) else module.weight
-        empty = empty_moments(weight.device)
+        # a packed layer's angles may be codes, which need not be decoded for the question
+        device = next(t.device for t in (*module.parameters(), *module.buffers()))
+        empty = empty_moments(device)
         self.moments = torch.stack([empty] * len(self.views))  # (views, moments)
         self.active = False
 

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_bfmoe.callbacks import outliers
 from lightning_bfmoe.callbacks.outliers import ActivationOutliers
+from lightning_bfmoe.deploy import load_packed, pack
 from lightning_bfmoe.errors import ConfigError
 from lightning_bfmoe.functional import apply_butterfly, hadamard_angles, incoherence
 from lightning_bfmoe.functional.outliers import MEASURES
@@ -346,3 +347,16 @@ def test_a_layer_that_stands_alone(tmp_path):
     _, records = fit(tmp_path, ActivationOutliers(50), module=module)
     sites = {name.split("/")[-2] for name in records[1]}
     assert sites == {"outliers", "up", "gate"}
+
+
+@pytest.mark.parametrize("angles", ["fp16", "int8", "int4"])
+def test_packed_layers_are_measured_whatever_their_angles(tmp_path, angles):
+    module, file = swapped(), tmp_path / "model.bfmoe"
+    pack(module, file, angles=angles, finalize=True)
+    loaded = load_packed(file, InInit()).train()
+    callback, spy = ActivationOutliers(1), Spy()
+    _, records = fit(tmp_path, callback, spy, module=loaded, batches=2)
+    before, after = spy.steps[0]
+    for name, rows in (("before", before), ("after", after)):
+        found = records[1][f"outliers/net.0.mlp/up/incoherence_{name}"]
+        assert found == pytest.approx(incoherence(rows).item(), rel=1e-5)
