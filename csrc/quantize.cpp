@@ -41,21 +41,16 @@ NO_FUSED_PRODUCTS void least_squares(const float* sorted, int64_t n, float* alph
   }
 }
 
+// What a row becomes, where kept(w) says which numbers are not zero in T.
+template <typename Kept>
 NO_FUSED_PRODUCTS void blend_row(const float* __restrict weight, float* __restrict out, int64_t n,
-                                 float alpha, float threshold, float blend) {
+                                 float alpha, float blend, const Kept& kept) {
   const float zero = alpha * 0.f;  // NaN where alpha is not finite
-  if (blend >= 1) {
-    for (int64_t i = 0; i < n; ++i) {
-      const float w = weight[i], kept = w > 0 ? alpha : w < 0 ? -alpha : zero;
-      out[i] = std::fabs(w) >= threshold ? kept : zero;
-    }
-    return;
-  }
   for (int64_t i = 0; i < n; ++i) {
-    const float w = weight[i], kept = w > 0 ? alpha : w < 0 ? -alpha : zero;
-    const float target = std::fabs(w) >= threshold ? kept : zero;
+    const float w = weight[i], signed_alpha = w > 0 ? alpha : w < 0 ? -alpha : zero;
+    const float target = kept(w) ? signed_alpha : zero;
     const float step = blend * (target - w);
-    out[i] = w + step;
+    out[i] = blend >= 1 ? target : w + step;
   }
 }
 
@@ -81,8 +76,20 @@ EXPORT void bfmoe_quantize(const float* weight, const float* sorted, float* out,
           least_squares<1>(sorted + (first + r) * n, n, alpha + r, threshold + r);
       }
       for (int64_t r = 0; r < count; ++r)
-        blend_row(weight + (first + r) * n, out + (first + r) * n, n, alpha[r], threshold[r],
-                  blend);
+        blend_row(weight + (first + r) * n, out + (first + r) * n, n, alpha[r], blend,
+                  [&](float w) { return std::fabs(w) >= threshold[r]; });
+    });
+  });
+}
+
+// The same with given scales, one a row, and T = round(weight / alpha) cut to -1 .. 1.
+EXPORT void bfmoe_quantize_scaled(const float* weight, const float* alpha, float* out,
+                                  int64_t rows, int64_t n, float blend, int64_t threads) {
+  Together together;
+  run(std::max<int64_t>(1, std::min(threads, rows * n >> 18)), [&](int64_t) {
+    together(rows, [&](int64_t r) {
+      blend_row(weight + r * n, out + r * n, n, alpha[r], blend,
+                [&](float w) { return std::fabs(w / alpha[r]) > 0.5f; });  // 0.5 rounds to 0
     });
   });
 }

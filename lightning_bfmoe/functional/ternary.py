@@ -63,11 +63,16 @@ def ternarize(
         alpha, threshold = _least_squares(rows.abs())
         trits = torch.where(rows.abs() >= threshold, rows.sign(), torch.zeros_like(rows))
     elif scale == "absmean":
-        alpha = rows.abs().mean(dim=1, keepdim=True).clamp(min=_EPS)  # (rows, 1)
+        alpha = absmean_scale(rows)  # (rows, 1)
         trits = (rows / alpha).round().clamp(-1, 1)
     else:
         raise ConfigError("scale must be 'lstsq' or 'absmean'", got=repr(scale), fix="Use 'lstsq'.")
     return trits.reshape(weight.shape).to(torch.int8), alpha
+
+
+def absmean_scale(rows: Float[Tensor, "rows n"]) -> Float[Tensor, "rows one"]:
+    """The scale mean|w| of each row, with BitNet's floor."""
+    return rows.abs().mean(dim=1, keepdim=True).clamp(min=_EPS)
 
 
 def _least_squares(magnitude: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ _INTERFACE: dict[str, tuple[list, type | None]] = {
     "bfmoe_rotate_backward_f32": ([_POINTER] * 7 + _ROTATE, _FLAG),
     "bfmoe_rotate_backward_f64": ([_POINTER] * 7 + _ROTATE, _FLAG),
     "bfmoe_quantize": ([_POINTER] * 3 + [_SIZE, _SIZE, ctypes.c_float, _SIZE], None),
+    "bfmoe_quantize_scaled": ([_POINTER] * 3 + [_SIZE, _SIZE, ctypes.c_float, _SIZE], None),
     "bfmoe_ternary_bytes": ([_SIZE, _SIZE], _SIZE),
     "bfmoe_ternary_lay_out": ([_POINTER, _SIZE, _SIZE, _POINTER], None),
     "bfmoe_packed_linear": (

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_bfmoe.functional.ternary import quantize_ternary
+from lightning_bfmoe.functional.ternary import absmean_scale, quantize_ternary
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, register
 from lightning_bfmoe.kernels.library import library, missing_cpu
 
@@ -33,48 +33,53 @@ def blend_to_ternary(
 
 
 def quantize_cpu(weight: Tensor, blend: Tensor, scale: str, granularity: str) -> Tensor:
-    """Two walks over each row in the compiled library; the rows are sorted by NumPy."""
-    return blended(weight, blend, granularity == "row")
+    """One or two walks over each row in the compiled library; NumPy sorts, PyTorch averages."""
+    return blended(weight, blend, scale, granularity == "row")
 
 
 def suits_cpu(weight: Tensor, blend: Tensor, scale: str, granularity: str) -> bool:
-    """A float32 matrix on the CPU with least-squares scales."""
+    """A float32 matrix on the CPU."""
     return (
         weight.device.type == "cpu"
         and blend.device.type == "cpu"
         and weight.dtype == torch.float32
-        and scale == "lstsq"
+        and scale in ("lstsq", "absmean")
         and weight.numel() > 0
         and granularity in ("row", "tensor")
         and not missing_cpu()
     )
 
 
-torch.library.define("bfmoe::quantize_cpu", "(Tensor weight, Tensor blend, bool by_row) -> Tensor")
+torch.library.define(
+    "bfmoe::quantize_cpu", "(Tensor weight, Tensor blend, str scale, bool by_row) -> Tensor"
+)
 blended = torch.ops.bfmoe.quantize_cpu.default
 
 
 @torch.library.impl("bfmoe::quantize_cpu", "CPU")
-def _blended(weight: Tensor, blend: Tensor, by_row: bool) -> Tensor:
+def _blended(weight: Tensor, blend: Tensor, scale: str, by_row: bool) -> Tensor:
     weight = weight.detach().contiguous()
-    rows = weight.shape[0] if by_row else 1
-    ordered = np.abs(weight.numpy().reshape(rows, -1))
-    ordered.sort(axis=1)
+    rows = weight.reshape(weight.shape[0] if by_row else 1, -1)
     out = torch.empty_like(weight)
-    library().bfmoe_quantize(
-        weight.data_ptr(), ordered.ctypes.data, out.data_ptr(), rows, ordered.shape[1],
-        float(blend), torch.get_num_threads(),
-    )  # fmt: skip
+    sizes = (*rows.shape, float(blend), torch.get_num_threads())
+    if scale == "lstsq":
+        ordered = np.abs(rows.numpy())
+        ordered.sort(axis=1)
+        pointers = weight.data_ptr(), ordered.ctypes.data, out.data_ptr()
+        library().bfmoe_quantize(*pointers, *sizes)
+    else:
+        alpha = absmean_scale(rows)
+        library().bfmoe_quantize_scaled(weight.data_ptr(), alpha.data_ptr(), out.data_ptr(), *sizes)
     return out
 
 
 @torch.library.register_fake("bfmoe::quantize_cpu")
-def _(weight: Tensor, blend: Tensor, by_row: bool) -> Tensor:
+def _(weight: Tensor, blend: Tensor, scale: str, by_row: bool) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
-    return grad, None, None  # straight through
+    return grad, None, None, None  # straight through
 
 
 torch.library.register_autograd("bfmoe::quantize_cpu", _backward)
@@ -94,7 +99,7 @@ register(
         "cpu",
         quantize_cpu,
         suits_cpu,
-        "compiled, the same numbers bit by bit; CPU, float32, least-squares scales",
+        "compiled, the same numbers bit by bit; CPU, float32",
         missing=missing_cpu,
     )
 )
