@@ -237,7 +237,10 @@ def select(model: nn.Module, data: list, args: argparse.Namespace, arm) -> None:
     search.fit_linear(("bypass", "remove"), args.rank, args.attention_rank)
     search.fit_layers(data)
     whole = search.submodules
+    wanted = args.only.split(",") if args.only else [""]
     for name, limit, options, kinds in SELECTIONS:
+        if not any(part in name for part in wanted):
+            continue
         search.submodules = [s for s in whole if kinds in ("both", s.kind)]
         free = sum(not search.streams[s.path].refused for s in search.submodules)
         before = sum(search.sizes(s)["keep"] for s in search.submodules)
@@ -487,6 +490,7 @@ def main() -> None:
     parser.add_argument("--group", type=int)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--bases", default="identity,hadamard", help="tried by selection")
+    parser.add_argument("--only", default="", help="parts of the names of selections")
     parser.add_argument("--rank", type=int, help="of the shared basis of bypasses")
     parser.add_argument("--attention-rank", type=int)
     parser.add_argument("--cut", type=int, default=7, help="layers of the contiguous baseline")

@@ -11,10 +11,12 @@ from lightning_bfmoe.calibrate import Calibration, Dense, Job, calibrate_layers
 from lightning_bfmoe.calibrate.feed_forward import check_settings
 from lightning_bfmoe.calibrate.park import Parked
 from lightning_bfmoe.calibrate.settings import moment_bytes
+from lightning_bfmoe.calibrate.width import LossFn
 from lightning_bfmoe.config import ButterflyMoEConfig
-from lightning_bfmoe.errors import SwapError
+from lightning_bfmoe.errors import ConfigError, SwapError
 from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE
 from lightning_bfmoe.layers.surgery import Replaced, ReplacementPlan
+from lightning_bfmoe.narrowing import narrow
 from lightning_bfmoe.swap.build import build_layer, measure
 from lightning_bfmoe.swap.candidate import Candidate
 from lightning_bfmoe.swap.find import find_feed_forward
@@ -36,6 +38,8 @@ def calibrated_swap(
     include: Patterns = None,
     exclude: Patterns = None,
     calibration: Calibration | None = None,
+    width: int | float | None = None,
+    loss_fn: LossFn | None = None,
     **overrides: Any,
 ) -> SwapReport:
     """Like `swap_feed_forward`, but the ternary layers are fitted to what the model really sees.
@@ -64,6 +68,10 @@ def calibrated_swap(
         include: Paths or patterns of the blocks to swap, see `swap_feed_forward`.
         exclude: Paths or patterns to leave alone.
         calibration: How many batches, how they are fed, memory, order; defaults when None.
+        width: Hidden units that each block keeps, a number or a share of them, chosen before it is
+            rounded (`calibrate.width`); all when None. A power of two saves stages and padding.
+        loss_fn: ``(model, batch)`` to a scalar: hidden units are scored by what the loss would rise
+            without them (one backward pass a batch); None: by the size of what they add.
         **overrides: Fields of `ButterflyMoEConfig` that differ from `config`.
 
     Returns:
@@ -78,7 +86,15 @@ def calibrated_swap(
     config = ButterflyMoEConfig.from_dict(
         {**(config or ButterflyMoEConfig()).to_dict(), **overrides}
     )
-    return swap_calibrated(model, data, config, include, exclude, calibration or Calibration(), {})
+    settings = calibration or Calibration()
+    if width is None and loss_fn is not None:
+        raise ConfigError(
+            "loss_fn scores the hidden units that width= keeps",
+            got="loss_fn without width",
+            fix="Write width=0.75, or leave loss_fn out.",
+        )
+    narrowing = None if width is None else (width, loss_fn)
+    return swap_calibrated(model, data, config, include, exclude, settings, {}, narrowing)
 
 
 def swap_calibrated(
@@ -89,6 +105,7 @@ def swap_calibrated(
     exclude: Patterns,
     settings: Calibration,
     layers: Mapping[str, tuple[Layer, ReplacementPlan]],
+    narrowing: tuple[int | float, LossFn | None] | None = None,
 ) -> SwapReport:
     """The swap behind `calibrated_swap`.
 
@@ -100,6 +117,7 @@ def swap_calibrated(
         exclude: Patterns.
         settings: Of the calibration.
         layers: By path: layers that are filled instead of built, with their placements.
+        narrowing: Width and loss of `narrowing.narrow`.
     """
     check_settings(config)
     with keep_rng():
@@ -122,6 +140,9 @@ def swap_calibrated(
             )
         fitting = [c for c in chosen if not c.experts]
         course = Course(model, settings.sequential, config, layers)
+        course.functions = {c.path: c.block for c in fitting}
+        if narrowing is not None:
+            data = narrow(model, fitting, narrowing[0], data, settings, narrowing[1])
         try:
             jobs = [course.job(c) for c in fitting]
             if jobs:
@@ -166,6 +187,7 @@ class Course:
     ) -> None:
         self.model, self.sequential, self.config = model, sequential, config
         self.layers = layers
+        self.functions: dict[str, Any] = {}  # the blocks before any of them was narrowed
         self.waiting: list[tuple[Candidate, Layer | Parked]] = []
         self.receipts: list[tuple[Layer, Replaced]] = []
 
@@ -195,7 +217,7 @@ class Course:
             gate=block.gate,
             up_bias=block.up_bias,
             gate_bias=block.gate_bias,
-            function=block,
+            function=self.functions.get(c.path, block),
         )
         return Job(
             c.path,

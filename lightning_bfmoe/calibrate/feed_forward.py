@@ -172,7 +172,7 @@ def check_settings(config: ButterflyMoEConfig) -> None:
     Raises:
         CalibrationError: The ternary scale is absmean, or the weights found shall not be kept.
     """
-    if config.scale != "lstsq":
+    if config.scale_or_default != "lstsq":
         raise CalibrationError(
             "a calibrated layer has scale='lstsq', which leaves a ternary matrix as it is",
             got=f"scale={config.scale!r}",

@@ -30,6 +30,7 @@ HOUSE = [
             "prepared",
             "selected",
             "selecting",
+            "narrowing",
         ],
         "all that imports lightning",
     ),
