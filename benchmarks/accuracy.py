@@ -55,7 +55,9 @@ def prepare(options: argparse.Namespace) -> None:
 def table_of(mode: str, judge: str, size: str) -> dict[str, Run]:
     """The runs of a mode by name."""
     budgets = {"tiny": 50_106, "small": 123_528, "full": 319_930}  # ButterflyMoE 8, packed
-    return candidates(mode) if judge == "tuning" else reported(mode, budgets[size])
+    if judge == "tuning":
+        return candidates(mode)
+    return reported(mode, budgets[size], 10.0 if size == "full" else 20.0)
 
 
 def size_of(options: argparse.Namespace) -> dict[str, int]:
