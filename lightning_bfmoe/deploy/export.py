@@ -28,7 +28,7 @@ from lightning_bfmoe.deploy.onnx_export.runner import OnnxModel
 from lightning_bfmoe.deploy.pack import pack
 from lightning_bfmoe.deploy.slots import unwrap
 from lightning_bfmoe.errors import ConfigError, ExportError
-from lightning_bfmoe.layers import Substrate
+from lightning_bfmoe.layers import Substrate, moe_layers
 
 SAMPLING = {"num_tokens": 200, "temperature": 0.8, "top_k": 40}
 """What `examples/edge_app.py` does unless told otherwise."""
@@ -190,7 +190,21 @@ def _packed(
         )
     else:
         inner = load_packed(source, model, device="cpu")
-    return inner.float().eval()
+    _widen(inner)
+    return inner.eval()
+
+
+def _widen(model: nn.Module) -> None:
+    """Everything outside the packed layers in float32; their numbers stay as they are stored."""
+    packed = {id(part) for _, layer in moe_layers(model) for part in layer.modules()}
+    for module in model.modules():
+        if id(module) not in packed:
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.is_floating_point():
+                    parameter.data = parameter.data.float()
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = buffer.float()
 
 
 def _sizes(model: nn.Module) -> tuple[int, int | None]:

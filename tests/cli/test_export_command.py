@@ -3,6 +3,7 @@
 import json
 import sys
 
+import onnx
 import pytest
 import torch
 
@@ -35,6 +36,9 @@ def test_a_file_becomes_a_folder_beside_it(packed, capsys):
     assert "1 ButterflyMoE layers" in out and f"edge_app.py {folder}" in out
     settings = json.loads((folder / "generation.json").read_text())
     assert (settings["products"], settings["context"]) == ("int8", 16)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    angles = [tensor for tensor in graph.initializer if tensor.name.endswith("angles")]
+    assert {tensor.data_type for tensor in angles} == {onnx.TensorProto.FLOAT16}
 
 
 @pytest.mark.parametrize(

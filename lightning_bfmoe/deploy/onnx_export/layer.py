@@ -110,7 +110,7 @@ class ExportedExperts(nn.Module):
         self.down = (
             ExportedLinear(experts.down)
             if isinstance(experts.down, ButterflyLinear)
-            else experts.down
+            else experts.down.float()
         )
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
