@@ -5,7 +5,9 @@ What is generated (`notebooks/`, `api/`, the live explorer) is written before re
 not committed.
 """
 
+import base64
 import importlib
+import json
 import re
 import shutil
 import sys
@@ -90,6 +92,20 @@ def copy_notebooks() -> None:
         write(target / name, text)
 
 
+def copy_pictures() -> None:
+    """What the widgets of the notebooks left as pictures, for the gallery."""
+    folder = DOCS / "_static" / "gallery"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        widgets = [c for c in cells if "widget" in c["metadata"].get("tags", [])]
+        for number, cell in enumerate(widgets):
+            shown = [o["data"]["image/png"] for o in cell["outputs"] if "image/png" in o["data"]]
+            data = base64.b64decode("".join(shown[0]))
+            (folder / f"{path.stem[:2]}-{number}.png").write_bytes(data)
+
+
 def directives(room: str, name: str) -> list[str]:
     """What documents one public name."""
     value = getattr(importlib.import_module(room), name)
@@ -165,6 +181,7 @@ def escape_bars(app, what, name, obj, options, lines) -> None:
 def setup(app) -> None:
     """Called by Sphinx."""
     copy_notebooks()
+    copy_pictures()
     write_reference()
     export_explorer()
     app.connect("autodoc-process-docstring", escape_bars)

@@ -186,9 +186,9 @@ else:
         print(*answer.splitlines()[:3], "...", answer.splitlines()[-1], sep="\n")
         try:
             ask(port, "/generate", {"prompt": "x" * 100, "max_new_tokens": 24})
-        except urllib.error.HTTPError as error:
-            refused = error.code
-            print(error.code, error.read().decode())
+        except urllib.error.HTTPError as refusal:
+            refused = refusal.code
+            print(refused, refusal.read().decode())
     finally:
         server.terminate()
         server.wait(30)
