@@ -121,20 +121,18 @@ def _draw(axes: "Axes", curves: Curves, label: str, names: list[str]) -> None:
     axes.legend(fontsize=7)
 
 
-def smooth(values: np.ndarray, share: float = 0.03) -> np.ndarray:
-    """Exponential mean over about a share of the points; NaN counts as nothing new.
+def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
+    """Mean over the neighbours on both sides, about a share of all points; NaN is left out.
 
     Example:
-        >>> smooth(np.array([1.0, 1.0, np.nan, 1.0])).tolist()
-        [1.0, 1.0, 1.0, 1.0]
+        >>> smooth(np.array([1.0, 2.0, np.nan, 4.0]), share=0.7).tolist()
+        [1.5, 1.5, 3.0, 4.0]
     """
-    weight = min(1.0, 2 / (1 + share * len(values)))
-    mean, out = float("nan"), []
-    for value in values.tolist():
-        if np.isfinite(value):
-            mean = value if not np.isfinite(mean) else mean + weight * (value - mean)
-        out.append(mean)
-    return np.asarray(out)
+    window = np.ones(2 * int(share * len(values) / 2) + 1)
+    known = np.isfinite(values)
+    total = np.convolve(np.where(known, values, 0.0), window, mode="same")
+    count = np.convolve(known.astype(float), window, mode="same")
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
 def in_words(curves: Curves, step: int) -> str:

@@ -94,8 +94,9 @@ def outlier_figure(history: OutlierHistory, measures: Sequence[str]) -> "Figure"
         for axes in (top, below):
             axes.grid(alpha=0.25)
             axes.tick_params(labelsize=8)
-        if top.lines:
-            top.legend(fontsize=7)
-        else:
+        if not top.lines:
             top.text(0.5, 0.5, "waiting for the first record", ha="center", transform=top.transAxes)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8)
     return figure
