@@ -7,6 +7,7 @@ printed results alone: no widget state, no times, no kernel version, no progress
     python notebooks/build.py                     # all, in full
     python notebooks/build.py 02 05               # some, by the start of their names
     python notebooks/build.py --quick --out DIR   # what the test suite does
+    python notebooks/build.py --text              # only texts have changed: keep the outputs
     python notebooks/build.py --check             # is what is committed in order? runs nothing
 """
 
@@ -129,6 +130,22 @@ def build(source: Path, out: Path, *, quick: bool = False, timeout: int = 600) -
     return seconds
 
 
+def refresh_text(source: Path, out: Path) -> bool:
+    """Take over changed texts, execute nothing; False when code has changed or none is built."""
+    if not out.exists():
+        return False
+    fresh, built = read_source(source), nbformat.read(out, as_version=4)
+    ours, theirs = (
+        [cell for cell in notebook.cells if cell.cell_type == "code"] for notebook in (fresh, built)
+    )
+    if [cell.source for cell in ours] != [cell.source for cell in theirs]:
+        return False
+    for cell, executed in zip(ours, theirs, strict=True):
+        cell.outputs, cell.execution_count = executed.outputs, executed.execution_count
+    nbformat.write(clean(fresh), out)
+    return True
+
+
 def main() -> int:
     """Build or check; returns the exit status."""
     sys.path.insert(0, str(FOLDER.parent))
@@ -138,6 +155,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="starts of names, as in: 00 05")
     parser.add_argument("--quick", action="store_true", help="tiny models, a few seconds each")
     parser.add_argument("--out", type=Path, help="folder to write to instead of notebooks/")
+    parser.add_argument("--text", action="store_true", help="execute only where code has changed")
     parser.add_argument("--check", action="store_true", help="execute nothing")
     parser.add_argument("--timeout", type=int, default=600, help="seconds a cell may take")
     args = parser.parse_args()
@@ -148,7 +166,9 @@ def main() -> int:
         parser.error("--quick needs --out: committed notebooks are built in full")
     for source in chosen:
         out = target(source) if args.out is None else args.out / f"{source.stem}.ipynb"
-        if not args.check:
+        if args.text and refresh_text(source, out):
+            print(f"{out.name}: texts only")
+        elif not args.check:
             out.parent.mkdir(parents=True, exist_ok=True)
             seconds = build(source, out, quick=args.quick, timeout=args.timeout)
             print(f"{out.name}: {seconds:.0f} s, {out.stat().st_size / 1000:.0f} kB", flush=True)

@@ -7,7 +7,15 @@ import nbformat
 import pytest
 
 from notebooks import checks
-from notebooks.build import FOLDER, SOURCES, clean, read_source, sources, target
+from notebooks.build import (
+    FOLDER,
+    SOURCES,
+    clean,
+    read_source,
+    refresh_text,
+    sources,
+    target,
+)
 
 ALL = sources()
 BY_NAME = {"argvalues": ALL, "ids": [path.stem for path in ALL]}
@@ -146,6 +154,21 @@ def test_a_layer_of_its_own_is_seen(code, wrong):
 def test_the_frame_is_checked():
     built = notebook(("print(1)", [PICTURE]))
     assert len(checks.bad_frame(built, "00_x")) == 4
+
+
+def test_texts_are_refreshed_and_changed_code_is_not(tmp_path):
+    source, out = tmp_path / "00_x.py", tmp_path / "00_x.ipynb"
+    source.write_text("# %% [markdown]\n# old\n\n# %%\nx = 1\n")
+    assert not refresh_text(source, out), "nothing is built yet"
+    built = read_source(source)
+    built.cells[1].outputs, built.cells[1].execution_count = [PICTURE], 1
+    nbformat.write(built, out)
+    source.write_text("# %% [markdown]\n# new\n\n# %%\nx = 1\n")
+    assert refresh_text(source, out)
+    again = nbformat.read(out, as_version=4)
+    assert again.cells[0].source == "new" and again.cells[1].outputs == [PICTURE]
+    source.write_text("# %%\nx = 2\n")
+    assert not refresh_text(source, out)
 
 
 def test_colours_and_overwritten_lines_go():
