@@ -89,7 +89,7 @@ template <typename T, int kPlace>
 T* kept(int64_t n) {
   thread_local std::unique_ptr<Buffer<T>> buffer;
   thread_local int64_t size = 0;
-  if (n > size) {
+  if (!buffer || n > size) {
     buffer.reset();
     buffer.reset(new Buffer<T>(n));
     size = n;

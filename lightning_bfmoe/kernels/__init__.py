@@ -1,5 +1,6 @@
 """Floor 1: faster implementations of floor 0's operations, same results, one dispatch table."""
 
+from lightning_bfmoe.kernels.combine import combine
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, describe, kernels, register, use_kernel
 from lightning_bfmoe.kernels.linear import PackedLinear, packed_linear
 from lightning_bfmoe.kernels.quantize import blend_to_ternary
@@ -11,6 +12,7 @@ __all__ = [
     "PackedLinear",
     "blend_to_ternary",
     "choose",
+    "combine",
     "describe",
     "kernels",
     "packed_linear",

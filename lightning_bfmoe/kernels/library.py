@@ -24,6 +24,8 @@ BUILT = Path(__file__).with_name(
 _POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ROTATE = [_SIZE, _SIZE, _FLAG, _SIZE]  # rows, experts, inverse, threads
 _INTERFACE: dict[str, tuple[list, type | None]] = {
+    "bfmoe_combine": ([_POINTER] * 4 + [_SIZE] * 4, _FLAG),
+    "bfmoe_combine_backward": ([_POINTER] * 6 + [_SIZE] * 4, _FLAG),
     "bfmoe_cpu_level": ([], _FLAG),
     "bfmoe_plan": ([_SIZE, _SIZE], _POINTER),
     "bfmoe_rotate_f32": ([_POINTER] * 5 + _ROTATE, _FLAG),

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import ConfigError, ShapeError
-from lightning_bfmoe.functional.routing import combine, dispatch, group_by_expert
+from lightning_bfmoe.functional.routing import dispatch, group_by_expert
+from lightning_bfmoe.kernels import combine
 from lightning_bfmoe.layers.activation import Activation
 from lightning_bfmoe.layers.linear import ButterflyLinear
 from lightning_bfmoe.layers.one_expert import OneExpert
@@ -220,7 +221,7 @@ def experts_arguments(config: ButterflyMoEConfig, block: dict[str, Any]) -> dict
     """Keyword arguments of the experts: the config's, or the block's where the config says None."""
     arguments = {
         "gains": config.gains, "stages": config.stages, "angle_std": config.angle_std_or_default,
-        "scale": config.scale, "granularity": config.granularity, "down": config.down,
+        "scale": config.scale_or_default, "granularity": config.granularity, "down": config.down,
         "activation_bits": config.activation_bits, "seed": config.seed, **block,
     }  # fmt: skip
     if config.activation is not None:
