@@ -52,6 +52,7 @@ from lightning_bfmoe.calibrate.park import Parked  # noqa: E402
 from lightning_bfmoe.data import load_corpus  # noqa: E402
 from lightning_bfmoe.layers import ButterflyMoE  # noqa: E402
 from lightning_bfmoe.plan import Plan  # noqa: E402
+from lightning_bfmoe.selected import put_in  # noqa: E402
 from lightning_bfmoe.selecting import Search  # noqa: E402
 from lightning_bfmoe.swap import SwapReport  # noqa: E402
 
@@ -228,14 +229,13 @@ SELECTIONS = (  # name, limit (share of the submodules, or of the bytes), option
 def select(model: nn.Module, data: list, args: argparse.Namespace, arm) -> None:
     """Every selection from one set of moments and layers; each is put in, judged and taken out."""
     settings = Calibration(
-        max_batches=None, group=args.group, progress=not args.quiet,
+        max_batches=None, group=args.group, progress=not args.quiet, memory=args.memory,
         forward_fn=lambda m, ids: m.model(ids),
         recipe=Recipe(noise=args.noise, sweeps=args.sweeps, bases=tuple(args.bases.split(","))),
     )  # fmt: skip
     search = Search(model, config_of(args), settings, None, None, True)
-    search.watch(data)
-    search.fit_linear(("bypass", "remove"), args.rank, args.attention_rank)
-    search.fit_layers(data)
+    search.watch(data, ("bypass", "remove"), args.rank, args.attention_rank)
+    search.fit_layers()
     whole = search.submodules
     wanted = args.only.split(",") if args.only else [""]
     for name, limit, options, kinds in SELECTIONS:
@@ -250,7 +250,7 @@ def select(model: nn.Module, data: list, args: argparse.Namespace, arm) -> None:
             limit = (limit - 0.5) / free
         chosen = search.decide(limit, options)
         report = search.report(chosen, str(limit))
-        report.swap = search.install(chosen)
+        report.swap = put_in(search, chosen)
         totals = report.totals()
         arm(
             "selected: " + name,
@@ -490,6 +490,7 @@ def main() -> None:
     parser.add_argument("--group", type=int)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--bases", default="identity,hadamard", help="tried by selection")
+    parser.add_argument("--memory", type=int, help="bytes for moments in selection; fewer passes")
     parser.add_argument("--only", default="", help="parts of the names of selections")
     parser.add_argument("--rank", type=int, help="of the shared basis of bypasses")
     parser.add_argument("--attention-rank", type=int)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_bfmoe.calibrate import Calibration
 from lightning_bfmoe.calibrate.batches import Batches
 from lightning_bfmoe.calibrate.observe import observe
+from lightning_bfmoe.calibrate.progress import Progress
 from lightning_bfmoe.calibrate.width import (
     Energies,
     LossFn,
@@ -53,7 +54,6 @@ def narrow(
     widths = {path: resolve_width(width, b.d_ff, path) for path, b in blocks.items()}
     energies = {p: Energies(b.hidden, b.d_ff, b.up.device) for p, b in blocks.items()}
     feed: dict[str, Any] = {"forward_fn": settings.forward_fn, "mask_fn": settings.mask_fn}
-    observe(model, batches, {path: e.watch for path, e in energies.items()}, **feed)
     gradients: dict[str, Tensor] = {}
     if loss_fn is not None:
         split = [c.path for c in candidates if c.layer_at or c.identities]
@@ -63,8 +63,16 @@ def narrow(
                 got=f"{split[0]!r}, which is spread over several",
                 fix="Use loss_fn=None, or leave it alone with exclude=.",
             )
-        outputs = {path: b.d_out for path, b in blocks.items()}
-        gradients = gradient_moments(model, outputs, batches, loss_fn, mask_fn=settings.mask_fn)
+    passes = 1 if loss_fn is None else 2
+    with Progress(settings.progress, passes * len(batches), 0) as progress:
+        watchers = {path: e.watch for path, e in energies.items()}
+        observe(model, batches, watchers, on_batch=progress.batch, **feed)
+        if loss_fn is not None:
+            outputs = {path: b.d_out for path, b in blocks.items()}
+            gradients = gradient_moments(
+                model, outputs, batches, loss_fn,
+                mask_fn=settings.mask_fn, on_batch=progress.batch,
+            )  # fmt: skip
     for c in candidates:
         block = blocks[c.path]
         scores = atomic_scores(energies[c.path].mean(), block.down, gradients.get(c.path))

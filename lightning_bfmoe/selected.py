@@ -1,5 +1,6 @@
 """`selected_swap`: of all submodules, which are replaced, and by what, under one budget."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,11 +11,19 @@ from lightning_bfmoe.calibrate import Calibration
 from lightning_bfmoe.calibrate.feed_forward import check_settings
 from lightning_bfmoe.calibrate.knapsack import parse_bytes
 from lightning_bfmoe.calibrate.selection import SelectionReport
+from lightning_bfmoe.calibrate.streams import Submodule
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import ConfigError
+from lightning_bfmoe.layers.bypass import LinearBypass, share_basis
+from lightning_bfmoe.layers.surgery import ReplacementPlan, replacement
 from lightning_bfmoe.selecting import OPTIONS, Search
+from lightning_bfmoe.swap.build import finish_layer
 from lightning_bfmoe.swap.quiet import keep_rng
+from lightning_bfmoe.swap.report import SwapReport
 from lightning_bfmoe.swap.select import Patterns
+from lightning_bfmoe.swap.swap import describe_block, install, plan_entry
+
+_GROUP = "feed-forward"  # of the bypasses that share a basis
 
 
 @torch.inference_mode(False)
@@ -98,16 +107,69 @@ def selected_swap(
     settings = calibration or Calibration()
     with keep_rng():
         search = Search(model, config, settings, include, exclude, attention)
-        search.watch(data)
-        search.fit_linear(options, rank, attention_rank)
+        search.watch(data, options, rank, attention_rank)
         if "butterfly" in options:
-            search.fit_layers(data)
+            search.fit_layers()
         chosen = search.decide(limit, options)
         report = search.report(chosen, f"budget {budget}" if sparsity is None else
                                f"sparsity {sparsity:g}")  # fmt: skip
         if not dry_run:
-            report.swap = search.install(chosen)
+            report.swap = put_in(search, chosen)
     return report
+
+
+def put_in(search: Search, chosen: dict[str, str]) -> SwapReport:
+    """Build what was chosen and put all of it in, or nothing."""
+    entries: list[tuple[ReplacementPlan, Any]] = []
+    report = SwapReport(skipped=search.skipped)
+    report.calibration = search.calibration
+    for s in search.submodules:
+        name = chosen[s.path]
+        if name == "butterfly":
+            c, layer = search.blocks[s.path], search.parked[s.path].unpark()
+            assert c.placement is not None
+            row = describe_block(c, search.config, bias=True)
+            row.relative_error = (
+                next(b.error for b in search.calibration.blocks if b.path == s.path) ** 0.5
+            )
+            report.blocks.append(row)
+            entries.append((c.placement, layer))
+        elif name != "keep":
+            entries.append(_bypass(search, s, name))
+    share_basis([layer for _, layer in entries if isinstance(layer, LinearBypass)])
+    report.receipts = install(search.model, entries)
+    report.placements = [plan_entry(layer) for layer, _ in report.receipts]
+    return report
+
+
+def _bypass(search: Search, s: Submodule, name: str) -> tuple[ReplacementPlan, LinearBypass]:
+    """The module of a fitted bypass and its place."""
+    fitted, module = search.linear[s.path][name], search.model.get_submodule(s.path)
+    rank = 0 if fitted.left is None else fitted.left.shape[1]
+    group = _GROUP if rank and search.rank and s.kind == "feed-forward" else None
+    example = next(module.parameters())
+    layer = LinearBypass(
+        s.width, s.width, rank,
+        outputs=search.streams[s.path].outputs, group=group, device=example.device,
+    )  # fmt: skip
+    with torch.no_grad():
+        for own, value in ((layer.basis, fitted.right), (layer.weight, fitted.left)):
+            if own is not None and value is not None:
+                own.copy_(value)
+        layer.bias.copy_(fitted.bias)
+    layer.to(example.dtype)
+    if s.kind == "attention":
+        places = [p for p, m in search.model.named_modules(remove_duplicate=False) if m is module]
+        finish_layer(layer, [module], 0.0)
+        entry = replacement(s.path, aliases=[p for p in places if p != s.path])
+        entry["layer"] = {"family": "attention", "output_dropout": 0.0}
+        return entry, layer
+    c = search.blocks[s.path]
+    assert c.placement is not None and c.block is not None
+    finish_layer(layer, c.leaves, c.block.output_dropout)
+    entry = copy.deepcopy(c.placement)
+    entry["layer"] = {"family": c.family, "output_dropout": c.block.output_dropout}
+    return entry, layer
 
 
 def _check(budget: object, sparsity: object, options: Sequence[str]) -> int | float:

@@ -1,6 +1,5 @@
 """The course of one selection: watch all submodules, fit each option, choose, put in."""
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
@@ -22,22 +21,20 @@ from lightning_bfmoe.calibrate.bypass import (
 )
 from lightning_bfmoe.calibrate.knapsack import Option, choose
 from lightning_bfmoe.calibrate.park import Parked
+from lightning_bfmoe.calibrate.progress import Progress
 from lightning_bfmoe.calibrate.selection import Ranked, SelectionReport
 from lightning_bfmoe.calibrate.streams import Stream, Submodule, find_attention, watch_streams
 from lightning_bfmoe.calibrated import Course, Layer
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import CalibrationError, ConfigError
-from lightning_bfmoe.layers.bypass import LinearBypass, share_basis
-from lightning_bfmoe.layers.surgery import ReplacementPlan, replacement
-from lightning_bfmoe.swap.build import block_bytes, finish_layer
+from lightning_bfmoe.swap.build import block_bytes
 from lightning_bfmoe.swap.candidate import Candidate
 from lightning_bfmoe.swap.find import find_feed_forward
-from lightning_bfmoe.swap.report import SwapReport, skipped_rows
+from lightning_bfmoe.swap.report import skipped_rows
 from lightning_bfmoe.swap.select import Patterns, select_candidates
-from lightning_bfmoe.swap.swap import describe_block, install, plan_entry
+from lightning_bfmoe.swap.swap import describe_block
 
 OPTIONS = ("keep", "butterfly", "bypass", "remove")
-_GROUP = "feed-forward"
 
 
 class Search:
@@ -68,6 +65,8 @@ class Search:
         self.submodules.sort(key=lambda s: order[s.path])
         self.streams: dict[str, Stream] = {}
         self.statistics: dict[str, Statistics] = {}
+        self.measures: dict[str, tuple[float, float]] = {}
+        self.rank = 0  # of the basis that feed-forward bypasses share
         self.linear: dict[str, dict[str, Bypass]] = {s.path: {} for s in self.submodules}
         self.basis: Tensor | None = None
         self.parked: dict[str, Parked] = {}
@@ -84,8 +83,17 @@ class Search:
                 return inside[0].block.d_model
         return None
 
-    def watch(self, data: Iterable[Any]) -> None:
-        """Moments, a sample and the criteria of all submodules, in groups that fit into memory."""
+    def watch(
+        self,
+        data: Iterable[Any],
+        options: Sequence[str] = OPTIONS,
+        rank: int | None = None,
+        attention_rank: int | None = None,
+    ) -> None:
+        """Criteria, a sample and linear fits of all submodules, in groups that fit into memory."""
+        widths = {s.width for s in self.submodules if s.kind == "feed-forward"}
+        if "bypass" in options and len(widths) == 1:
+            self.rank = _rank("rank", rank, widths.pop(), 4)
         settings = self.settings
         self.batches = Batches(data, max_batches=settings.max_batches, held_out=settings.held_out)
         room, groups = settings.budget(self.model), [[]]  # type: ignore[var-annotated]
@@ -94,40 +102,45 @@ class Search:
             if groups[-1] and cost * (len(groups[-1]) + 1) > room:
                 groups.append([])
             groups[-1].append(s)
-        for group in groups:
-            seen = watch_streams(
-                self.model, group, self.batches,
-                forward_fn=settings.forward_fn, mask_fn=settings.mask_fn,
-            )  # fmt: skip
-            for path, stream in seen.items():
-                self.streams[path] = stream
-                if not stream.refused:
-                    self.statistics[path] = stream.moments.statistics()
-                    del stream.moments
+        passes = len(groups) * len(self.batches)
+        with Progress(settings.progress, passes, len(self.submodules)) as progress:
+            for group in groups:
+                seen = watch_streams(
+                    self.model, group, self.batches, forward_fn=settings.forward_fn,
+                    mask_fn=settings.mask_fn, on_batch=progress.batch,
+                )  # fmt: skip
+                for s in group:
+                    self.streams[s.path] = stream = seen.pop(s.path)
+                    if not stream.refused:
+                        self.digest(s, stream, options, attention_rank)
+                    progress.block()
         first = next((s for s in self.submodules if s.kind == "attention"), None)
         if first is not None and not self.streams[first.path].refused:
             self.streams[first.path].refused = "a generation cache counts its length by it"
-
-    def fit_linear(
-        self, options: Sequence[str], rank: int | None, attention_rank: int | None
-    ) -> None:
-        """Bypasses and constants, and their errors; feed-forward ones on a basis for all."""
         open_ = [s for s in self.submodules if not self.streams[s.path].refused]
-        widths = {s.width for s in open_ if s.kind == "feed-forward"}
-        self.rank = 0
-        if "bypass" in options and len(widths) == 1:
-            width = widths.pop()
-            self.rank = _rank("rank", rank, width, 4)
+        if self.rank:
             self.share([s.path for s in open_ if s.kind == "feed-forward"])
         for s in open_:
-            stream, statistics = self.streams[s.path], self.statistics[s.path]
-            own = self.linear[s.path]
-            if "bypass" in options and (s.kind == "attention" or not self.rank):
-                size = _rank("attention_rank", attention_rank, s.width, 8)
-                own["bypass"] = fit_bypass(statistics, size)
-            if "remove" in options:
-                own["remove"] = fit_bypass(statistics, 0)
-            self.eps[s.path] = {"keep": 0.0, **{n: stream.eps(b) for n, b in own.items()}}
+            fits = self.linear[s.path].items()
+            eps = {name: self.streams[s.path].eps(fit) for name, fit in fits}
+            self.eps[s.path] = {"keep": 0.0, **eps}
+
+    def digest(
+        self, s: Submodule, stream: Stream, options: Sequence[str], attention_rank: int | None
+    ) -> None:
+        """Make of a submodule's moments what is needed, and let them go."""
+        statistics = stream.moments.statistics()
+        del stream.moments
+        self.measures[s.path] = linear_error(statistics), canonical_bound(statistics)
+        own = self.linear[s.path]
+        if "bypass" in options and (s.kind == "attention" or not self.rank):
+            own["bypass"] = fit_bypass(
+                statistics, _rank("attention_rank", attention_rank, s.width, 8)
+            )
+        if "remove" in options:
+            own["remove"] = fit_bypass(statistics, 0)
+        if s.kind == "feed-forward" and self.rank:  # a basis is fitted to several of these
+            self.statistics[s.path] = statistics._replace(c_yy=statistics.c_yy[:0])
 
     def share(self, paths: list[str]) -> None:
         """Fit the shared basis to these feed-forward submodules, and their maps on it."""
@@ -135,7 +148,7 @@ class Search:
         for p in paths:
             self.linear[p]["bypass"] = fit_on_basis(self.statistics[p], self.basis)
 
-    def fit_layers(self, data: Iterable[Any]) -> None:
+    def fit_layers(self) -> None:
         """Calibrate a layer for every feed-forward block, and take its error."""
         course = Course(self.model, False, self.config, {})
 
@@ -235,65 +248,11 @@ class Search:
             row.eps = dict(self.eps.get(s.path, {}))
             row.sizes = {n: v for n, v in sizes.items() if n in row.eps}
             row.note = stream.refused or ("added to its own input" if stream.post_norm else "")
-            if s.path in self.statistics:
-                statistics = self.statistics[s.path]
+            if s.path in self.measures:
                 row.one_minus_cosine, row.norm_ratio = stream.one_minus_cosine, stream.norm_ratio
-                row.linear_error = linear_error(statistics)
-                row.canonical_bound = canonical_bound(statistics)
+                row.linear_error, row.canonical_bound = self.measures[s.path]
             report.submodules.append(row)
         return report
-
-    def install(self, chosen: dict[str, str]) -> SwapReport:
-        """Build what was chosen and put all of it in, or nothing."""
-        entries: list[tuple[ReplacementPlan, Any]] = []
-        report = SwapReport(skipped=self.skipped)
-        report.calibration = self.calibration
-        for s in self.submodules:
-            name = chosen[s.path]
-            if name == "butterfly":
-                c, layer = self.blocks[s.path], self.parked[s.path].unpark()
-                assert c.placement is not None
-                row = describe_block(c, self.config, bias=True)
-                row.relative_error = (
-                    next(b.error for b in self.calibration.blocks if b.path == s.path) ** 0.5
-                )
-                report.blocks.append(row)
-                entries.append((c.placement, layer))
-            elif name != "keep":
-                entries.append(self.bypass(s, name))
-        share_basis([layer for _, layer in entries if isinstance(layer, LinearBypass)])
-        report.receipts = install(self.model, entries)
-        report.placements = [plan_entry(layer) for layer, _ in report.receipts]
-        return report
-
-    def bypass(self, s: Submodule, name: str) -> tuple[ReplacementPlan, LinearBypass]:
-        """The module of a fitted bypass and its place."""
-        fitted, module = self.linear[s.path][name], self.model.get_submodule(s.path)
-        rank = 0 if fitted.left is None else fitted.left.shape[1]
-        group = _GROUP if rank and self.rank and s.kind == "feed-forward" else None
-        example = next(module.parameters())
-        layer = LinearBypass(
-            s.width, s.width, rank,
-            outputs=self.streams[s.path].outputs, group=group, device=example.device,
-        )  # fmt: skip
-        with torch.no_grad():
-            for own, value in ((layer.basis, fitted.right), (layer.weight, fitted.left)):
-                if own is not None and value is not None:
-                    own.copy_(value)
-            layer.bias.copy_(fitted.bias)
-        layer.to(example.dtype)
-        if s.kind == "attention":
-            places = [p for p, m in self.model.named_modules(remove_duplicate=False) if m is module]
-            finish_layer(layer, [module], 0.0)
-            entry = replacement(s.path, aliases=[p for p in places if p != s.path])
-            entry["layer"] = {"family": "attention", "output_dropout": 0.0}
-            return entry, layer
-        c = self.blocks[s.path]
-        assert c.placement is not None and c.block is not None
-        finish_layer(layer, c.leaves, c.block.output_dropout)
-        entry = copy.deepcopy(c.placement)
-        entry["layer"] = {"family": c.family, "output_dropout": c.block.output_dropout}
-        return entry, layer
 
 
 def _rank(name: str, value: int | None, width: int, share: int) -> int:
