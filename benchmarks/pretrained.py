@@ -133,7 +133,7 @@ def windows(text: str, tokenizer, count: int, seed: int) -> torch.Tensor:
 def nats(model: nn.Module, ids: torch.Tensor) -> float:
     """Mean loss per token."""
     total = 0.0
-    for batch in ids.split(2):
+    for batch in ids.to(next(model.parameters()).device).split(2):
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
         total += float(F.cross_entropy(logits.float(), batch[:, 1:].flatten(), reduction="sum"))
     return total / (ids.numel() - len(ids))
@@ -174,6 +174,7 @@ def config_of(args: argparse.Namespace, **changes) -> ButterflyMoEConfig:
 def run_smollm2(args: argparse.Namespace, save) -> None:
     """Nats per token of every arm, dense first."""
     model, tokenizer = smollm2(args.cache)
+    model.to(args.device)
     corpora = [load_corpus(name, tuning_fraction=0.05) for name in ("shakespeare", "stdlib")]
     half = args.windows // 2
     part = "tuning" if args.judge == "tuning" else "validation"
@@ -275,17 +276,20 @@ def cut_layers(model: nn.Module, data: list, args: argparse.Namespace, arm) -> N
     feed-forward block before the cut; M its output, L_j the residual stream behind layer j.
     """
     layers, n = model.model.layers, args.cut
-    held = [b for i, b in enumerate(data) if (i + 1) % 5]  # those that the other arms fit to
+    held = [
+        b.to(args.device) for i, b in enumerate(data) if (i + 1) % 5
+    ]  # those that the other arms fit to
     angles = torch.zeros(len(layers) - n, dtype=torch.float64)
     for ids in held:
         hidden = model.model(ids, output_hidden_states=True).hidden_states[:-1]
         for i in range(1, len(hidden) - n):  # hidden[i]: behind layer i - 1
             cosine = F.cosine_similarity(hidden[i].double(), hidden[i + n].double(), dim=-1)
-            angles[i] += cosine.clamp(-1, 1).arccos().mean()
+            angles[i] += cosine.clamp(-1, 1).arccos().mean().cpu()
     first = 1 + int(angles[1:].argmin())  # layers first to first + n - 1 go
     mlp = layers[first - 1].mlp
     width = mlp.down_proj.weight.shape[0]
-    c_mm, c_tm, seen = torch.zeros(width, width).double(), torch.zeros(width, width).double(), []
+    c_mm = torch.zeros(width, width, dtype=torch.float64, device=args.device)
+    c_tm, seen = torch.zeros_like(c_mm), []
     hook = mlp.register_forward_hook(lambda m, a, y: seen.append(y))
     for ids in held:
         hidden = model.model(ids, output_hidden_states=True).hidden_states
@@ -326,7 +330,7 @@ def train_last(model: nn.Module, data: list, args: argparse.Namespace, judge, ar
     hook = first.register_forward_pre_hook(catch, with_kwargs=True)
     batches = []
     with torch.no_grad():
-        for ids in torch.cat(data)[:, : args.length].split(4):
+        for ids in torch.cat(data)[:, : args.length].to(args.device).split(4):
             decoder(ids, use_cache=False)
             batches.append((kept["x"].clone(), ids))
     hook.remove()
@@ -392,7 +396,8 @@ def train_last(model: nn.Module, data: list, args: argparse.Namespace, judge, ar
         num_experts=args.experts, top_k=2,
     )  # fmt: skip
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_steps=args.steps, logger=False, callbacks=[ours, watch],
+        accelerator="cpu" if args.device == "cpu" else "gpu", devices=1,
+        max_steps=args.steps, logger=False, callbacks=[ours, watch],
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=not args.quiet,
         gradient_clip_val=1.0,
     )  # fmt: skip
@@ -490,6 +495,7 @@ def main() -> None:
     parser.add_argument("--group", type=int)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--bases", default="identity,hadamard", help="tried by selection")
+    parser.add_argument("--device", default="cpu", help="of SmolLM2, for instance cuda")
     parser.add_argument("--memory", type=int, help="bytes for moments in selection; fewer passes")
     parser.add_argument("--only", default="", help="parts of the names of selections")
     parser.add_argument("--rank", type=int, help="of the shared basis of bypasses")
