@@ -37,7 +37,7 @@ html_theme = "furo"
 html_title = f"lightning-bfmoe {__version__}"
 html_static_path = ["_static", str(Path(jupyter_server_mathjax.__file__).parent / "static")]
 # MathJax 2.7 from a Python package: formulas without a CDN
-mathjax_path = "MathJax.js?config=TeX-AMS-MML_HTMLorMML-safe"
+mathjax_path = "MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe"
 mathjax2_config = {
     "tex2jax": {"inlineMath": [["\\(", "\\)"]], "processClass": "math", "ignoreClass": ".*"},
     "messageStyle": "none",

@@ -217,8 +217,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# One to two copies up to 4096 for powers of two; odd widths, and 256 experts at large widths, are
-# slower. The aim is missed everywhere, though at the common widths not by much.
+# Between one and two copies for the common widths with few experts. Widths that are no power of
+# two, and 256 experts at large widths, are slower; the aim is missed nearly everywhere.
 #
 # ## On an H100: the layer
 #
@@ -271,8 +271,9 @@ print(f"against dense, training, d=2048, 64 experts: {slower:.1f} times its time
 # - **Training**: slower than a standard MoE with few experts, up to twice as fast with many, where
 #   the standard one moves gigabytes of weights and optimizer state. Memory falls to a fifth or less
 #   from 64 experts on.
-# - **Decoding** tells less kindly: the shared matrix is still read as bf16 (a packed ternary
-#   product for CUDA is missing), so its small size does not yet turn into speed.
+# - **Decoding**, batch 8: ahead at $d = 2048$ with up to 64 experts, behind with 256. The shared
+#   matrix is still read as bf16 (a packed ternary product for CUDA is missing), so its small size
+#   does not turn into speed yet.
 # - Against a **dense** network of the same active size we are several times slower in training. An
 #   MoE is not bought for speed, and this one least.
 #
