@@ -46,8 +46,11 @@ class ButterflyMoEConfig:
     """Stages per rotation (count). None: all, so that every output depends on every input."""
     gains: bool = False
     """Per-expert diagonal gains, d_in + d_out numbers a matrix and expert."""
-    scale: Literal["lstsq", "absmean"] = "lstsq"
-    """Ternary scale: exact least squares (ours), or the mean absolute value (BitNet b1.58)."""
+    scale: Literal["lstsq", "absmean"] | None = None
+    """Ternary scale: exact least squares (ours), or the mean absolute value (BitNet b1.58).
+
+    None: `lstsq` with `preserve`, which it is nearer to; `absmean` with `scratch`, which trained to
+    a lower loss (docs/decisions.md, entry 26)."""
     granularity: Literal["row", "tensor"] = "row"
     """One ternary scale per output row, or one per matrix."""
     down: Literal["butterfly", "dense"] = "butterfly"
@@ -59,10 +62,11 @@ class ButterflyMoEConfig:
     """Name in `layers.activation`. None: the swapped block's own."""
     dropout: float | None = None
     """Probability on the hidden units. None: the swapped block's own."""
-    balance_rate: float = 1e-3
+    balance_rate: float | None = None
     """Step of the gradient-free balance bias per optimizer step; 0 turns it off.
 
-    The bias is added to sigmoid scores in (0, 1); 1 / balance_rate steps outweigh them."""
+    None: 1e-3 with `preserve`, 1e-2 with `scratch`, whose experts part at once. The bias is added
+    to sigmoid scores in (0, 1); 1 / balance_rate steps outweigh them."""
     switch_weight: float = 0.0
     """Weight of the Switch load-balance loss (loss units; 0.01 is usual)."""
     z_weight: float = 0.0
@@ -75,6 +79,8 @@ class ButterflyMoEConfig:
     def __post_init__(self) -> None:
         """Check ranges and fields against each other."""
         for name, choices in _CHOICES.items():
+            if name == "scale" and self.scale is None:
+                continue
             if getattr(self, name) not in choices:
                 raise ConfigError(
                     f"{name} must be one of {choices}",
@@ -108,7 +114,7 @@ class ButterflyMoEConfig:
             )
         for name in ("angle_std", "balance_rate", "switch_weight", "z_weight", "router_noise"):
             value = getattr(self, name)
-            if name == "angle_std" and value is None:
+            if name in ("angle_std", "balance_rate") and value is None:
                 continue
             if not _is_number(value) or not 0 <= value < float("inf"):
                 raise ConfigError(
@@ -129,6 +135,18 @@ class ButterflyMoEConfig:
         if self.angle_std is not None:
             return float(self.angle_std)
         return 0.02 if self.init == "preserve" else 0.5
+
+    @property
+    def scale_or_default(self) -> Literal["lstsq", "absmean"]:
+        """The ternary scale that is used: `scale`, or the default of `init`."""
+        return self.scale or ("lstsq" if self.init == "preserve" else "absmean")
+
+    @property
+    def balance_rate_or_default(self) -> float:
+        """The balance step that is used: `balance_rate`, or the default of `init`."""
+        if self.balance_rate is not None:
+            return float(self.balance_rate)
+        return 1e-3 if self.init == "preserve" else 1e-2
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ButterflyMoEConfig:

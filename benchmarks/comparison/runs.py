@@ -19,7 +19,7 @@ ALWAYS = Plan(start=0, end=0)
 SCRATCH: dict[str, Any] = {
     "init": "scratch", "scale": "absmean", "plan": ALWAYS, "balance_rate": 1e-2,
 }  # fmt: skip
-"""What the candidates on the tuning split chose for ButterflyMoE from random weights; the defaults."""
+"""What the tuning split chose for ButterflyMoE from random weights; these are the defaults."""
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ class ButterflyMoECallback(pl.Callback):
         config: Settings that the single ones override.
         preset: Named settings instead of `config`: "default" or "paper".
         plan: When the weights become ternary, and what holds when: warm-up of the angles, frozen
-            latents, a second stage. None: ``Plan()``, and with ``init="calibrated"`` one that is
-            ternary throughout, its latents frozen for the first half.
+            latents, a second stage. None: ``Plan()``; ternary throughout with
+            ``init="scratch"``, and with "calibrated", there with frozen latents in the first half.
         total_steps: Optimizer steps of the whole training. None: the Trainer's estimate.
         replan: On resume, whether to plan anew when the Trainer's estimate has changed. False keeps
             the planned total of the checkpoint.
@@ -145,7 +145,7 @@ class ButterflyMoECallback(pl.Callback):
         if angle_lr_factor is None:
             angle_lr_factor = ANGLE_LR_FACTORS[self.config.init]
         self.schedule = TernarySchedule(
-            given.resolve_plan(plan, calibrated is not None),
+            given.resolve_plan(plan, given.default_plan(self.config, calibrated is not None)),
             total_steps=total_steps,
             replan=replan,
             evaluate_ternary=evaluate_ternary,

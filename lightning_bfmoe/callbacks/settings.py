@@ -50,10 +50,21 @@ CALIBRATED_PLAN = Plan(start=0, end=0, freeze_latents=0.5)
 they stand still at first while angles, biases and router learn (`docs/decisions.md`)."""
 
 
-def resolve_plan(plan: Plan | Mapping[str, Any] | None, calibrated: bool = False) -> Plan:
+SCRATCH_PLAN = Plan(start=0, end=0)
+"""Of ``init="scratch"``: ternary from the first step, which ended lower than a ramp."""
+
+
+def default_plan(config: ButterflyMoEConfig, calibrated: bool) -> Plan:
+    """The plan where none is given: it depends on how the layers start."""
+    if calibrated:
+        return CALIBRATED_PLAN
+    return SCRATCH_PLAN if config.init == "scratch" else Plan()
+
+
+def resolve_plan(plan: Plan | Mapping[str, Any] | None, default: Plan = Plan()) -> Plan:  # noqa: B008
     """The plan, from an object, a mapping (a nested YAML or Hydra node) or nothing."""
     if plan is None:
-        return CALIBRATED_PLAN if calibrated else Plan()
+        return default
     return plan if isinstance(plan, Plan) else Plan(**dict(plan))
 
 
@@ -102,7 +113,7 @@ def resolve_patterns(patterns: str | Iterable[str] | None) -> str | list[str] | 
 
 def differing_settings(config: ButterflyMoEConfig, layer_settings: Mapping[str, Any]) -> list[str]:
     """What a layer that is there already has otherwise than the config asks for."""
-    asked = config.to_dict()
+    asked = {**config.to_dict(), "scale": config.scale_or_default}
     compared = (
         "num_experts", "top_k", "gains", "stages", "scale", "granularity", "down",
         "activation_bits",

@@ -134,7 +134,7 @@ class ButterflyMoE(RemembersSettings, KeepsFloat32):
         """
         return cls(
             d_model, d_ff, config.num_experts, config.top_k,
-            balance_rate=config.balance_rate, switch_weight=config.switch_weight,
+            balance_rate=config.balance_rate_or_default, switch_weight=config.switch_weight,
             z_weight=config.z_weight, router_noise=config.router_noise,
             **experts_arguments(config, block),
         )  # fmt: skip
