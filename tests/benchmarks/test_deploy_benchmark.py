@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import deploy
+from benchmarks import deploy, deploy_forms
 
 HERE = ["dense fp32", "dense bf16", "standard MoE fp32", "ours int8 angles, low memory"]
 
@@ -21,14 +21,14 @@ def test_a_form_comes_back_from_its_file_and_decodes(name, tmp_path):
     if "angles" not in form:
         ids = torch.arange(6).reshape(1, 6)
         with torch.no_grad():
-            assert torch.equal(model(ids), deploy.build("tiny", form).eval()(ids))
+            assert torch.equal(model(ids), deploy_forms.build("tiny", form).eval()(ids))
 
 
 def test_nf4_is_near_the_matrix_it_quantised(tmp_path):
     pytest.importorskip("bitsandbytes")
     form, path = deploy.FORMS["standard MoE nf4"], tmp_path / "model"
     deploy.write("tiny", form, path)
-    model, plain = deploy.read("tiny", form, path, "cpu"), deploy.build("tiny", form).eval()
+    model, plain = deploy.read("tiny", form, path, "cpu"), deploy_forms.build("tiny", form).eval()
     x = torch.randn(7, 32)
     with torch.no_grad():
         ours, theirs = (m.blocks[0].mlp(x) for m in (model, plain))
