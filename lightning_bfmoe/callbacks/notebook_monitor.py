@@ -51,7 +51,7 @@ class NotebookMonitor(LiveChart):
         self,
         metrics: str | Sequence[str] | None = None,
         *,
-        budget: float = 0.01,
+        budget: float = 0.005,
         every_n_seconds: float = 2.0,
         name: str | None = None,
     ) -> None:

@@ -46,7 +46,7 @@ class OutlierDashboard(LiveChart):
         measures: str | Sequence[str] = ("kurtosis", "incoherence"),
         *,
         source: str | None = None,
-        budget: float = 0.01,
+        budget: float = 0.005,
         every_n_seconds: float = 2.0,
         name: str | None = None,
     ) -> None:

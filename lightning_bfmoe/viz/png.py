@@ -10,8 +10,9 @@ from lightning_bfmoe.errors import BFMoEError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which people with any kind of colour blindness can tell apart.
-PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000"]
+# Okabe and Ito, for people with any kind of colour blindness; in place of their black
+# and pale yellow two colours that show on light and on dark pages.
+PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a8a", "#b5b000"]
 COLOR_A, COLOR_B = PALETTE[:2]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from lightning_bfmoe.viz import ExplorerData, Recording, Snapshot, export_explorer
 from lightning_bfmoe.viz.orbits import distances, orbit, signs
+from tests.browser.lab import write_notebook
 
 pytestmark = pytest.mark.slow
 
@@ -155,13 +156,9 @@ def run_cell(page, number: int) -> None:
 
 
 def test_it_is_live_in_jupyterlab(watched, lab, recording):
-    import nbformat  # it comes with JupyterLab
-
     address, root = lab
     recording.write(root / "orbits.safetensors")
-    cells = [nbformat.v4.new_code_cell(source.strip()) for source in (CELL, CHECK)]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), root / "live.ipynb")
+    write_notebook(root / "live.ipynb", [CELL, CHECK])
     page = watched.page
     page.goto(f"{address}/lab/tree/live.ipynb?reset")
     page.wait_for_selector("text=Python 3 (ipykernel) | Idle")
