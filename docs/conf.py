@@ -41,6 +41,7 @@ mathjax_path = "MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe"
 mathjax2_config = {
     "tex2jax": {"inlineMath": [["\\(", "\\)"]], "processClass": "math", "ignoreClass": ".*"},
     "messageStyle": "none",
+    "HTML-CSS": {"availableFonts": [], "webFont": "STIX-Web"},  # the fonts that lie beside it
 }
 nb_render_markdown_format = "myst"
 

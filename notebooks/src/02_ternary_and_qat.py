@@ -108,9 +108,10 @@ slide(draw_threshold, zeros=(range(0, 100, 2), 10))
 # Move the slider to the bottom of the curve. For a normal distribution it lies at **46 % zeros**,
 # and 19 % of the squared norm is lost, whatever you do.
 #
-# `ternarize` does this for every row. `scale="absmean"` is the rule of BitNet b1.58
-# ($\alpha = \mathrm{mean}|w|$, then round and clip): it keeps more weights alive and is a little
-# worse as a rounding. Ours defaults to the exact optimum, `"lstsq"`.
+# `ternarize` does this for every row with `scale="lstsq"`. The other rule, `"absmean"` of BitNet
+# b1.58 ($\alpha = \mathrm{mean}|w|$, then round and clip), keeps more weights alive and is a little
+# worse as a *rounding*. A swap that keeps your weights rounds, and takes the first; a training from
+# random weights takes the second, because it ended lower with it in our measurements.
 
 # %%
 big = randn(1, 1_000_000)
@@ -249,8 +250,9 @@ for name in ("smollm2 dense", "smollm2 naive lstsq"):
 print(f"{'blind guessing':20} {math.log(49152):6.2f}")
 
 # %% [markdown]
-# Worse than guessing. That is why the callback starts at $\lambda = 0$, where the network still
-# computes what it did, and why there is a calibrated swap (notebook
+# Worse than guessing. That is why the callback, when it keeps trained weights, starts at
+# $\lambda = 0$, where the network still computes what it did, and why there is a calibrated swap
+# (notebook
 # [04](04_swap_a_pretrained_model.ipynb)).
 #
 # ## 3. Activations, and their outliers

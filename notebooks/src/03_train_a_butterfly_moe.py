@@ -5,16 +5,15 @@
 #
 # Notebook [00](00_five_minutes.ipynb) changed a trained model. This one starts from random weights:
 # a small GPT learns Shakespeare byte by byte, with 8 experts a layer on one ternary matrix. We
-# watch what is particular about it (the plan, the balance of the experts, the outliers), and then
-# ask the question that decides whether any of it is worth your time: **what would the same bytes
-# have bought without us?**
+# watch what is particular about it (the balance of the experts, the outliers), and then ask the
+# question that decides whether any of it is worth your time: **what would the same bytes have
+# bought without us?**
 #
 # **At the end you have**
 #
 # - trained four small language models on the same bytes in the same order, three of which take the
 #   same memory in their feed-forward layers,
-# - charts of $\lambda$, of the load of every expert, and of the outliers on both sides of every
-#   rotation,
+# - charts of the load of every expert, and of the outliers on both sides of every rotation,
 # - the recorded results at two sizes on one picture: at one we are ahead, at the other we lose.
 #
 # Under two minutes on two CPU cores; no download. (`BFMOE_CORPUS=wikitext2` reads WikiText-2 from
@@ -93,13 +92,15 @@ print(f"knows nothing: {math.log(256):.2f} nats per byte; knows the frequencies:
 # %% [markdown]
 # ## The callback, from scratch
 #
-# Two settings differ from notebook 00, and both are consequences of *starting from random weights*:
+# One word differs from notebook 00, `init="scratch"`, and with it change the defaults that only
+# make sense when there are *no trained weights to preserve*:
 #
-# - `init="scratch"`: the experts' angles start far apart (standard deviation 0.5 rad instead of
-#   0.02). If all experts start as the same matrix, the router has nothing to choose between.
+# - the experts' angles start far apart (standard deviation 0.5 rad instead of 0.02). If all experts
+#   start as the same matrix, the router has nothing to choose between.
+# - the weights are ternary from the first step ($\lambda = 1$): there is no function to keep, so
+#   there is nothing to blend in slowly.
 # - the angles learn 20 times faster than the weights. An angle is of the order of one radian and
-#   its gradient is small; in our measurements (`docs/decisions.md`, 10) the factor matters more
-#   than any other setting. The callback sets it in *your* optimizer, whatever that is.
+#   its gradient is small. The callback sets this in *your* optimizer, whatever that is.
 #
 # Beside it three that only watch: `ExpertUsage` counts the tokens of every expert,
 # `ActivationOutliers` measures activations before and after each rotation, and `NotebookMonitor`
@@ -114,7 +115,6 @@ from lightning_bfmoe import (
     NotebookMonitor,
 )
 from lightning_bfmoe.layers import moe_layers
-from lightning_bfmoe.plan import plan_at
 
 
 def trainer(*callbacks, logger=False):
@@ -145,9 +145,7 @@ def held_out_loss(model):
 folder = tempfile.TemporaryDirectory()
 logger = CSVLogger(folder.name)
 butterfly = new_model()
-swap = ButterflyMoECallback(
-    num_experts=8, top_k=2, init="scratch", balance_rate=0.01, verbose=False
-)
+swap = ButterflyMoECallback(num_experts=8, top_k=2, init="scratch", verbose=False)
 every = max(1, STEPS // 20)
 usage = ExpertUsage(every_n_steps=every)
 outliers = ActivationOutliers(every_n_steps=every)
@@ -165,13 +163,19 @@ print(f"held out: {losses['ButterflyMoE 8, top-2']:.3f} nats per byte")
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(2, 2, figsize=(10, 5.6))
-(loss_axes, plan_axes), (load_axes, outlier_axes) = axes
+(loss_axes, busy_axes), (load_axes, outlier_axes) = axes
 loss_axes.plot(history.train_loss, color=GREEN, lw=0.9)
 loss_axes.axhline(frequency, color=BLACK, ls=":", lw=1)
 loss_axes.annotate("knows the frequencies", (STEPS, frequency), ha="right", va="bottom", fontsize=8)
 loss_axes.set(xlabel="training step", ylabel="training loss (nats per byte)", title="It learns")
-plan_axes.plot(history.blend, color=BLUE)
-plan_axes.set(xlabel="training step", ylabel="$\\lambda$", title="The plan: ternary from 60 % on")
+records = [(r["step"], r["layers"]) for r in usage.history]
+for name, color in zip(records[-1][1], (BLUE, ORANGE), strict=False):
+    busiest = [1 + layers[name]["max_violation"] for _, layers in records]
+    busy_axes.plot([step for step, _ in records], busiest, "o-", color=color, ms=3, label=name)
+busy_axes.axhline(1, color=BLACK, ls=":", lw=1)
+busy_axes.set(xlabel="training step", ylabel="load / mean", title="The busiest expert")
+busy_axes.set_ylim(0, None)
+busy_axes.legend()
 last_layer = list(usage.history[-1]["layers"])[-1]
 load = torch.tensor([r["layers"][last_layer]["load"] for r in usage.history]).float()
 load = load / load.mean(dim=1, keepdim=True)
@@ -207,8 +211,7 @@ plt.show()
 # - **Load**: at first some experts get far more than their share (yellow) and others starve (dark).
 #   A balance bias is added to the router's scores *only for the choice of experts*, and after
 #   every optimizer step it moves towards the experts that got too little. It carries no gradient,
-#   so it does not fight your loss: no second loss term, no edit of `training_step`. We let it move
-#   ten times faster than by default, because this training is so short.
+#   so it does not fight your loss: no second loss term, no edit of `training_step`.
 # - **Outliers**: `up` sees the output of a LayerNorm, `down` the hidden units behind a GELU
 #   (notebook [02](02_ternary_and_qat.ipynb) shows why those differ). For `down` the solid line lies
 #   below the dotted one: rotated activations are flatter, so easier to round. But look at step 0:
@@ -223,7 +226,6 @@ for name, layer in record.items():
         f"{name}: busiest expert {1 + layer['max_violation']:.2f} times the mean, "
         f"{layer['dead_experts']} dead, entropy of the load {layer['load_entropy']:.3f} (1 is even)"
     )
-print("lambda at the last step:", plan_at(STEPS - 1, STEPS, swap.plan).blend)
 
 # %% [markdown]
 # ## The fair question
@@ -244,11 +246,9 @@ print("lambda at the last step:", plan_at(STEPS - 1, STEPS, swap.plan).blend)
 # **Guess the order of the four** before you run it.
 
 # %%
-from functools import partial
-
 from benchmarks.comparison import runs
 from examples.control_files import feed_forward_bytes
-from examples.controls import GPTWithBalanceLoss, TernaryFeedForward
+from examples.controls import GPTWithBalanceLoss
 from examples.watch import BlendRamp
 from lightning_bfmoe import pack, plan_memory
 
@@ -257,11 +257,11 @@ budget = report.layer_bytes // DEPTH
 counted = plan_memory(WIDTH, 4 * WIDTH, 8).bytes()
 print(f"bytes of one of our layers: {budget:,} in the file, {counted:,} by plan_memory")
 
-ternary = partial(TernaryFeedForward, scale="absmean")  # the better scale for these, measured
+table = runs.reported("scratch", budget)  # the same controls as in benchmarks/accuracy.py
 controls = {
-    "ternary dense, wider": runs.control(ternary, fresh=True, budget=budget),
-    "ternary standard MoE 3, top-2": runs.standard(3, 2, ternary=True, scale="absmean"),
-    "dense fp32": runs.control(runs.dense, fresh=True),
+    "ternary dense, wider": table["ternary dense, bytes of butterfly 8"],
+    "ternary standard MoE 3, top-2": table["ternary standard 3 top-2"],
+    "dense fp32": table["dense"],
 }
 layer_bytes = {"ButterflyMoE 8, top-2": budget}
 curves = {"ButterflyMoE 8, top-2": history.train_loss}
