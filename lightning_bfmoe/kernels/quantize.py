@@ -1,6 +1,5 @@
 """The op "blend a latent matrix towards its ternary form": the definition, or fused on the CPU."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,10 +62,9 @@ def _blended(weight: Tensor, blend: Tensor, scale: str, by_row: bool) -> Tensor:
     out = torch.empty_like(weight)
     sizes = (*rows.shape, float(blend), torch.get_num_threads())
     if scale == "lstsq":
-        ordered = np.abs(rows.numpy())
-        ordered.sort(axis=1)
-        pointers = weight.data_ptr(), ordered.ctypes.data, out.data_ptr()
-        library().bfmoe_quantize(*pointers, *sizes)
+        ordered = rows.abs()
+        ordered.numpy().sort(axis=1)  # in place, and several times faster than torch's
+        library().bfmoe_quantize(weight.data_ptr(), ordered.data_ptr(), out.data_ptr(), *sizes)
     else:
         alpha = absmean_scale(rows)
         library().bfmoe_quantize_scaled(weight.data_ptr(), alpha.data_ptr(), out.data_ptr(), *sizes)
