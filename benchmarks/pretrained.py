@@ -355,9 +355,8 @@ def train_last(model: nn.Module, data: list, args: argparse.Namespace, judge, ar
             return F.cross_entropy(logits.float(), batch[1][:, 1:].flatten())
 
         def configure_optimizers(self):
-            for module in self.modules():
-                if isinstance(module, ButterflyMoE):
-                    module.requires_grad_(True)
+            for layer in self.layers:
+                layer.mlp.requires_grad_(True)
             trained = [p for p in self.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
             warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5)
@@ -368,7 +367,8 @@ def train_last(model: nn.Module, data: list, args: argparse.Namespace, judge, ar
         spent = 0.0  # CPU seconds in training steps
 
         def on_train_start(self, trainer, module):
-            show("calibrated, before training")
+            if args.plan != "dense":
+                show("calibrated, before training")
 
         def on_train_batch_start(self, trainer, module, *_):
             self.start = time.process_time()
@@ -388,6 +388,7 @@ def train_last(model: nn.Module, data: list, args: argparse.Namespace, judge, ar
         "frozen half": None,  # the default of init="calibrated"
         "frozen": Plan(start=0, end=0, freeze_latents=1.0),
         "not frozen": Plan(start=0, end=0),
+        "dense": None,  # the control: the trained blocks, trained further on the same text
     }
     tail, watch = Tail(), Judge()
     originals = [layer.mlp for layer in tail.layers]
@@ -397,7 +398,8 @@ def train_last(model: nn.Module, data: list, args: argparse.Namespace, judge, ar
     )  # fmt: skip
     trainer = L.Trainer(
         accelerator="cpu" if args.device == "cpu" else "gpu", devices=1,
-        max_steps=args.steps, logger=False, callbacks=[ours, watch],
+        max_steps=args.steps, logger=False,
+        callbacks=[watch] if args.plan == "dense" else [ours, watch],
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=not args.quiet,
         gradient_clip_val=1.0,
     )  # fmt: skip
@@ -506,7 +508,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--length", type=int, default=128, help="tokens of a window in qat")
-    parser.add_argument("--plan", default="frozen half", help="or 'frozen', 'not frozen'")
+    parser.add_argument("--plan", default="frozen half", help="or 'frozen', 'not frozen', 'dense'")
     parser.add_argument("--label", default="", help="added to the arms' names")
     args = parser.parse_args()
     if args.packages is not None:
