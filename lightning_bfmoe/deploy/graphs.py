@@ -38,23 +38,24 @@ class GraphedStep:
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                function(self._input)
-                put_back()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self._graph):
-                self._output = function(self._input)
-        except Exception as error:  # whatever a stranger's model does
-            raise BFMoEError(
-                "a step that is captured as a CUDA graph must not wait for the GPU",
-                got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-                fix="Decode without: TokenGenerator(model, cuda_graph=False).",
-            ) from error
+        with torch.cuda.device(example.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    function(self._input)
+                    put_back()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self._graph):
+                    self._output = function(self._input)
+            except Exception as error:  # whatever a stranger's model does
+                raise BFMoEError(
+                    "a step that is captured as a CUDA graph must not wait for the GPU",
+                    got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+                    fix="Decode without: TokenGenerator(model, cuda_graph=False).",
+                ) from error
 
     def __call__(self, values: Tensor) -> Tensor:
         """Replay; the result is overwritten by the next call."""

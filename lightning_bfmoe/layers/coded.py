@@ -13,7 +13,7 @@ from lightning_bfmoe.functional.codes import (
 )
 from lightning_bfmoe.functional.routing import ExpertGroups
 from lightning_bfmoe.kernels import rotate
-from lightning_bfmoe.layers.rotation import each_alone
+from lightning_bfmoe.layers.rotation import each_alone, is_few
 from lightning_bfmoe.layers.substrate import trace
 
 
@@ -135,8 +135,12 @@ class CodedRotation(CodedNumbers):
 
     def forward(self, x: Tensor, groups: ExpertGroups, inverse: bool = False) -> Tensor:
         """Rotate rows (rows, d), sorted by expert, each by its expert's B or B^T."""
-        if not self.keeps and x.shape[0] < self.shape[0]:  # a few tokens: decode their experts only
-            chosen = self._decode(self.codes[groups.expert], self.scales[groups.expert])
+        if is_few(x, self.shape[0]) and (not self.keeps or self.codes.is_cuda):
+            rows = groups.expert
+            if self.keeps:
+                chosen = self.angles[rows]
+            else:
+                chosen = self._decode(self.codes[rows], self.scales[rows])
             return rotate(x, chosen, each_alone(groups), inverse)
         return rotate(x, self.angles, groups, inverse)
 

@@ -55,8 +55,8 @@ class Rotation(KeepsFloat32):
     def forward(self, x: Tensor, groups: ExpertGroups, inverse: bool = False) -> Tensor:
         """Rotate rows (rows, d), sorted by expert, each by its expert's B or B^T."""
         angles = self.angles
-        few = x.shape[0] < self.num_experts and not torch.compiler.is_compiling()
-        if few and angles.dtype.itemsize < 4:  # packed: widen those of the chosen experts only
+        # packed: widen, and on a GPU tabulate, the angles of the chosen experts only
+        if is_few(x, self.num_experts) and (angles.dtype.itemsize < 4 or is_frozen_on_gpu(angles)):
             angles, groups = angles[groups.expert], each_alone(groups)
         return rotate(x, angles, groups, inverse)
 
@@ -83,6 +83,19 @@ class Rotation(KeepsFloat32):
     def extra_repr(self) -> str:
         """Sizes shown by `print(model)`."""
         return f"d={self.d}, num_experts={self.num_experts}, stages={self.stages}"
+
+
+def is_few(x: Tensor, num_experts: int) -> bool:
+    """Whether gathering the angles row by row makes less work than those of all experts.
+
+    Not in a compiled or exported graph, which serves all numbers of rows.
+    """
+    return x.shape[0] < num_experts and not torch.compiler.is_compiling()
+
+
+def is_frozen_on_gpu(angles: Tensor) -> bool:
+    """Whether the kernel makes a table of all these angles, and no gradient goes to them."""
+    return angles.is_cuda and not angles.requires_grad
 
 
 def each_alone(groups: ExpertGroups) -> ExpertGroups:

@@ -96,7 +96,7 @@ def test_python_blocks_run(folder, monkeypatch, capsys):
 
 def test_scripts_take_the_options_that_the_page_gives(monkeypatch, capsys):
     scripts = [c for c in commands() if c.startswith("python") and "examples.serve" not in c]
-    assert len(scripts) == 2
+    assert len(scripts) == 3
     for command in scripts:
         words = shlex.split(command)[1:]
         if words[0] == "-m":
