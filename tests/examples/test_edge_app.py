@@ -17,11 +17,12 @@ from examples.gpt import GPT
 from lightning_bfmoe import export_onnx, load_packed, pack, swap_feed_forward
 from lightning_bfmoe.data import BPETokenizer, train_bpe
 from lightning_bfmoe.deploy.onnx_export.folder import digest
+from lightning_bfmoe.deploy.onnx_export.runner import find_library
 from lightning_bfmoe.layers import set_blend
 
 APP = Path(__file__).parents[2] / "examples" / "edge_app.py"
 PACKAGES = ("numpy", "onnxruntime", "tokenizers", "flatbuffers", "packaging", "protobuf")
-SIZES = {"vocab_size": 320, "context": 48, "width": 24, "depth": 2, "heads": 2}
+SIZES = {"vocab_size": 320, "context": 48, "width": 24, "depth": 1, "heads": 2}
 PROMPT = "naïve rows of trits, rotated"
 
 pytestmark = pytest.mark.skipif(
@@ -86,6 +87,16 @@ def test_it_writes_what_pytorch_writes(bare, made):
     wanted = words.decode(model.generate(ids, 20, temperature=0))
     assert done.stdout.startswith(PROMPT)
     assert done.stdout.rstrip("\n\ufffd") == wanted.rstrip("\n\ufffd")
+
+
+def test_the_custom_op_writes_the_same(bare, made):
+    library = find_library()
+    if library == Path():
+        pytest.skip("the CPU kernels are not compiled here")
+    options = ["--prompt", PROMPT, "--num-tokens", "20", "--temperature", "0"]
+    fused = run(bare, made / "edge", *options, "--library", library)
+    assert fused.returncode == 0, fused.stderr
+    assert fused.stdout == run(bare, made / "edge", *options).stdout
 
 
 def test_it_samples_and_stops_at_the_context(bare, made):

@@ -1,5 +1,7 @@
 """Causal attention with a cache, and how to find it in a traced model."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -16,7 +18,7 @@ _RESHAPES = {
 }
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, past: Tensor, scale: float | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, past: Any, scale: float | None) -> Tensor:
     """Causal attention of the last queries; key and value heads may be fewer (grouped queries).
 
     Args:
@@ -80,7 +82,7 @@ def is_causal_mask(mask: Tensor) -> bool:
     return bool((seen == wanted).all())
 
 
-def _through(node: fx.Node) -> fx.Node:
+def _through(node: Any) -> fx.Node:
     """Past operations that change no value here: whole slices, copies."""
     while node.target in _SAME_VALUES:
         if node.target is torch.ops.aten.slice.Tensor:
@@ -90,4 +92,5 @@ def _through(node: fx.Node) -> fx.Node:
             ):
                 break
         node = node.args[0]
+    assert isinstance(node, fx.Node)
     return node

@@ -205,7 +205,8 @@ class _Recorder(_Walk):
         if k.dim() != 4 or k.shape[2] != self.env[self.ids].shape[1]:
             reason = f"keys of shape {tuple(k.shape)}, not (batch, heads, time, width)"
         self.sites.append((n.name, (k.shape[1], k.shape[-1], v.shape[-1]), reason))
-        return fx.Interpreter.run_node(self, n)
+        y: Tensor = fx.Interpreter.run_node(self, n)
+        return y
 
 
 class _Cached(_Walk):
@@ -214,7 +215,7 @@ class _Cached(_Walk):
     def __init__(self, graph: fx.GraphModule, past: tuple[Tensor, ...]) -> None:
         super().__init__(graph)
         self.past, self.present = list(past), list[Tensor]()
-        self.start = past[0].shape[2]
+        self.start: Any = past[0].shape[2]
         self.limits: set[int] = set()
         self.constant: set[fx.Node] = set()
         """Nodes that depend on no token."""
@@ -225,16 +226,17 @@ class _Cached(_Walk):
             n.op == "call_function" and inputs and all(node in self.constant for node in inputs)
         ):
             self.constant.add(n)
-        if n.target is _LINEAR and len(n.args[1].users) > 1:
+        args: list[Any] = list(n.args)
+        if n.target is _LINEAR and len(args[1].users) > 1:
             # as a matrix product it becomes Gemm, which reads the tied embedding as it is stored
-            x, weight, *bias = (self.env[node] for node in n.args if node is not None)
+            x, weight, *bias = (self.env[node] for node in args if node is not None)
             y = _LINEAR(x.reshape(-1, x.shape[-1]), weight, *bias)
             return y.reshape(*x.shape[:-1], y.shape[-1])
         if n.target in _ARANGE and len(n.args) > (at := _ARANGE[n.target]):
             whole = n.args[at] in self.length and (at == 0 or n.args[0] == 0)
             return super().run_node(n) + self.start if whole else super().run_node(n)
         if n.target is torch.ops.aten.slice.Tensor and len(n.args) >= 4:
-            source, axis, start, end = n.args[:4]
+            source, axis, start, end = args[:4]
             if source in self.constant and start in (0, None) and end in self.length:
                 stop = self.start + self.env[end]
                 self.limits.add(self.env[source].shape[axis])

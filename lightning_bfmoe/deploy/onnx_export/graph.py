@@ -106,8 +106,8 @@ def _move_weights(model: ir.Model, file: BinaryIO, places: dict[str, int], folde
             places[key] = file.tell()
             file.write(data)
         value.const_value = onnx_ir.ExternalTensor(
-            WEIGHTS, places[key], len(data), tensor.dtype,
-            shape=tensor.shape, name=tensor.name or value.name or "", base_dir=folder,
+            WEIGHTS, places[key], len(data), tensor.dtype, base_dir=folder,
+            shape=onnx_ir.Shape(tensor.numpy().shape), name=tensor.name or value.name or "",
         )  # fmt: skip
 
 

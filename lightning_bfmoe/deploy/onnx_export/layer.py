@@ -33,14 +33,17 @@ class ExportedRotation(nn.Module):
     def __init__(self, rotation: Rotation | CodedRotation, d: int, *, inverse: bool) -> None:
         super().__init__()
         self.d, self.inverse = d, inverse
-        coded = isinstance(rotation, CodedRotation)
-        self.register_buffer("angles", rotation.codes if coded else rotation.angles.detach())
-        empty = torch.zeros(0, dtype=torch.float16)
-        self.register_buffer("scales", rotation.scales if coded else empty)
+        if isinstance(rotation, CodedRotation):
+            angles, scales = rotation.codes, rotation.scales
+        else:
+            angles, scales = rotation.angles.detach(), torch.zeros(0, dtype=torch.float16)
+        self.register_buffer("angles", angles)
+        self.register_buffer("scales", scales)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """Rows (rows, d), each by its expert's rotation."""
-        return rotate_rows(x, ids, self.angles, self.scales, self.d, self.inverse)
+        y: Tensor = rotate_rows(x, ids, self.angles, self.scales, self.d, self.inverse)
+        return y
 
 
 class ExportedLinear(nn.Module):
@@ -50,6 +53,8 @@ class ExportedLinear(nn.Module):
         linear: Of a packed layer.
     """
 
+    codes: Tensor
+    alpha: Tensor
     bias: Tensor | None
 
     def __init__(self, linear: ButterflyLinear) -> None:
@@ -72,7 +77,7 @@ class ExportedLinear(nn.Module):
         # at 8 bit the product rounds its input itself
         if self.activation_bits is not None and self.activation_bits != 8:
             x = round_rows(x, self.activation_bits)
-        y = self.rotate_out(product(x, self.codes, self.alpha, self.d_in), ids)
+        y: Tensor = self.rotate_out(product(x, self.codes, self.alpha, self.d_in), ids)
         if self.gain_out is not None:
             y = y * self.gain_out(ids)
         return y if self.bias is None else y + self.bias
@@ -81,11 +86,17 @@ class ExportedLinear(nn.Module):
 class ExportedGain(nn.Module):
     """A table of gains, of which the graph decodes the rows it needs."""
 
+    gains: Tensor
+    scales: Tensor | None
+
     def __init__(self, gain: Tensor | CodedNumbers) -> None:
         super().__init__()
-        self.coded = isinstance(gain, CodedNumbers)
-        self.register_buffer("gains", gain.codes if self.coded else gain.detach())
-        self.register_buffer("scales", gain.scales if self.coded else None)
+        if isinstance(gain, CodedNumbers):
+            gains, scales = gain.codes, gain.scales
+        else:
+            gains, scales = gain.detach(), None
+        self.register_buffer("gains", gains)
+        self.register_buffer("scales", scales)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(rows, d) float32."""
@@ -124,7 +135,8 @@ class ExportedExperts(nn.Module):
             hidden = self.activation(self.gate(rows, ids)) * self.up(rows, ids)
         if isinstance(self.down, ExportedLinear):
             return _combine(self.down(hidden, ids), weights)
-        return self.down(_combine(hidden, weights))
+        y: Tensor = self.down(_combine(hidden, weights))
+        return y
 
 
 class ExportedMoE(nn.Module):
@@ -133,6 +145,9 @@ class ExportedMoE(nn.Module):
     Args:
         layer: A packed layer.
     """
+
+    router: Tensor
+    balance_bias: Tensor
 
     def __init__(self, layer: ButterflyMoE) -> None:
         super().__init__()
@@ -149,7 +164,7 @@ class ExportedMoE(nn.Module):
         logits = nn.functional.linear(tokens, self.router)
         chosen = torch.topk(logits.sigmoid() + self.balance_bias, self.top_k, dim=-1).indices
         weights = logits.gather(-1, chosen).softmax(dim=-1)  # (tokens, k)
-        y = self.experts(tokens, chosen, weights)
+        y: Tensor = self.experts(tokens, chosen, weights)
         return y.reshape(*x.shape[:-1], self.d_out)
 
 
@@ -171,14 +186,17 @@ def replace_layers(model: nn.Module) -> int:
         for name, child in list(parent._modules.items()):
             if isinstance(child, ButterflyMoE | ButterflyExperts):
                 if id(child) not in memo:
-                    moe = isinstance(child, ButterflyMoE)
-                    memo[id(child)] = ExportedMoE(child) if moe else ExportedExperts(child)
+                    memo[id(child)] = _exported(child)
                 parent._modules[name] = memo[id(child)]
             elif child is not None:
                 visit(child)
 
     visit(model)
     return len(memo)
+
+
+def _exported(layer: ButterflyMoE | ButterflyExperts) -> nn.Module:
+    return ExportedMoE(layer) if isinstance(layer, ButterflyMoE) else ExportedExperts(layer)
 
 
 def _gain(gain: Tensor | CodedNumbers | None) -> ExportedGain | None:

@@ -22,6 +22,8 @@ from lightning_bfmoe.deploy.onnx_export.ops import BLOCK, DOMAIN, deck_order
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+Value = Any
+"""An `onnx_ir.Value`; the package is imported when a model is exported, not before."""
 MICROSOFT = "com.microsoft"
 PRODUCTS = ("2bit", "int8", "both")
 FEW_ROWS = 4
@@ -60,7 +62,7 @@ def lower(model: ir.Model, products: str, rotations: bool = True) -> None:
 
 def _rotate(
     b: Builder, x: Any, ids: Any, angles: Any, scales: Any, *, d: int, inverse: bool
-) -> ir.Value:
+) -> Value:
     stages, half = angles.shape[1], -(-d // 2)
     index, sign, deck = deck_order(d, stages)
     ordered = bool((np.diff(deck) == 1).all())
@@ -91,7 +93,7 @@ def _rotate(
     return x
 
 
-def _in_deck_order(b: Builder, angles: Any, index: np.ndarray) -> ir.Value:
+def _in_deck_order(b: Builder, angles: Any, index: np.ndarray) -> Value:
     """All experts' numbers permuted, (experts, stages * half): made when the session starts."""
     width = angles.shape[2]
     if angles.dtype == b.ir.DataType.UINT8:  # two codes a byte
@@ -117,7 +119,7 @@ def _cos_sin(b: Builder, ids: Any, table: Any, scales: Any, sign: np.ndarray) ->
     return b("Cos", rows), b("Sin", rows)
 
 
-def _product(b: Builder, form: str, x: Any, codes: Any, alpha: Any, *, d_in: int) -> ir.Value:
+def _product(b: Builder, form: str, x: Any, codes: Any, alpha: Any, *, d_in: int) -> Value:
     if form == "2bit":
         return _two_bit(b, x, codes, alpha, d_in)
     table = np.array([[byte >> s & 3 for s in (0, 2, 4, 6)] for byte in range(256)]) - 2
@@ -130,7 +132,7 @@ def _product(b: Builder, form: str, x: Any, codes: Any, alpha: Any, *, d_in: int
     if form == "int8":
         return _eight_bit(b, x, trits, scale)
     few, many = (Builder(b.graph, f"{b.prefix}/{name}") for name in ("few", "many"))
-    branches = {
+    branches: dict[str, Any] = {
         "then_branch": _subgraph(few, _two_bit(few, x, codes, alpha, d_in)),
         "else_branch": _subgraph(many, _eight_bit(many, x, trits, scale)),
     }
@@ -138,7 +140,7 @@ def _product(b: Builder, form: str, x: Any, codes: Any, alpha: Any, *, d_in: int
     return b("If", b("Squeeze", b("LessOrEqual", rows, b.const([FEW_ROWS]))), **branches)
 
 
-def _two_bit(b: Builder, x: Any, codes: Any, alpha: Any, d_in: int) -> ir.Value:
+def _two_bit(b: Builder, x: Any, codes: Any, alpha: Any, d_in: int) -> Value:
     d_out, blocks = codes.shape[:2]
     # a constant, too; the file holds one scale a row
     scales = b("Expand", alpha, b.const([d_out, blocks]))
@@ -148,7 +150,7 @@ def _two_bit(b: Builder, x: Any, codes: Any, alpha: Any, d_in: int) -> ir.Value:
     )  # fmt: skip
 
 
-def _eight_bit(b: Builder, x: Any, trits: Any, alpha: Any) -> ir.Value:
+def _eight_bit(b: Builder, x: Any, trits: Any, alpha: Any) -> Value:
     peak = b("ReduceMax", b("Abs", x), b.const([-1]))  # (rows, 1)
     step = b("Div", b("Max", peak, b.const(1e-30, np.float32)), b.const(127, np.float32))
     codes = b("Add", b("Round", b("Div", x, step)), b.const(128, np.float32))
@@ -157,7 +159,7 @@ def _eight_bit(b: Builder, x: Any, trits: Any, alpha: Any) -> ir.Value:
     return b("Mul", b("Mul", b("Cast", sums, to=_FLOAT), step), alpha)
 
 
-def _subgraph(b: Builder, output: ir.Value) -> ir.Graph:
+def _subgraph(b: Builder, output: ir.Value) -> Value:
     output.type = b.ir.TensorType(b.ir.DataType.FLOAT)
     return b.ir.Graph([], [output], nodes=b.nodes, name=b.prefix)
 
