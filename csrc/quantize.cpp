@@ -9,6 +9,8 @@
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #define NO_FUSED_PRODUCTS
+#elif defined(__x86_64__) && !defined(__FMA__)
+#define NO_FUSED_PRODUCTS  // there is no instruction to fuse them
 #else
 #define NO_FUSED_PRODUCTS __attribute__((optimize("fp-contract=off")))
 #endif
