@@ -140,6 +140,8 @@ def test_a_wide_layer_does_not_freeze_the_page(tmp_path, watched):
 
 CELL = """
 from lightning_bfmoe import OrbitExplorer
+from lightning_bfmoe.viz import explorer as module
+module.INLINE_BYTES = 0  # as if it were large: matrices come from the kernel when they are chosen
 explorer = OrbitExplorer("orbits.safetensors")
 explorer
 """

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from lightning_bfmoe import viz
-from lightning_bfmoe.errors import ConfigError
+from lightning_bfmoe.errors import BFMoEError, ConfigError
 from lightning_bfmoe.layers import ButterflyMoE
 from lightning_bfmoe.viz import ExplorerData, OrbitExplorer, Recording, Snapshot, explorer_figure
 from lightning_bfmoe.viz import explorer as explorer_module
 from lightning_bfmoe.viz.assets import script
 from lightning_bfmoe.viz.export import export_explorer
 from lightning_bfmoe.viz.orbits import distances
+from lightning_bfmoe.viz.png import widget_library
 
 
 def make_recording(records: int = 3, experts: int = 5) -> Recording:
@@ -176,6 +177,20 @@ def test_the_script_is_one_module():
     assert re.findall(r"^import ", script(), flags=re.MULTILINE) == []
     names = re.findall(r"^(?:async )?(?:function\*?|const|let) (\w+)", script(), flags=re.MULTILINE)
     assert len(names) == len(set(names)), "two of the joined files use one name"
+
+
+def test_without_the_libraries_a_widget_says_what_to_install():
+    absent = widget_library("no_such_widget_library")
+
+    class Widget(absent.VBox):
+        value = absent.Int().tag(sync=True)
+
+        @absent.observe("value")
+        def changed(self, change):
+            return change
+
+    with pytest.raises(BFMoEError, match=r"Widget needs .* pip install .lightning-bfmoe.notebooks"):
+        Widget(1, value=2)
 
 
 def test_no_public_name_is_also_a_module():
