@@ -120,8 +120,10 @@ def test_the_main_recipe_holds_the_defaults(base):
     found = ours(command("--config", base, "--config", FOLDER / "butterfly_moe.yaml", run=False))
     plain = ButterflyMoECallback()
     assert found.plan == Plan()
-    assert found.config.to_dict() == {**plain.config.to_dict(), "angle_std": 0.02}
+    written = {"angle_std": 0.02, "balance_rate": 0.001}
+    assert found.config.to_dict() == {**plain.config.to_dict(), **written}
     assert found.config.angle_std_or_default == plain.config.angle_std_or_default
+    assert found.config.balance_rate_or_default == plain.config.balance_rate_or_default
     assert found.angle_lr_factor == plain.angle_lr_factor
 
 
