@@ -48,6 +48,7 @@ nb_render_markdown_format = "myst"
 default_role = "literal"  # our docstrings put names in single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_inherit_docstrings = False  # a hook is in the reference when it says something of its own
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Source", "notes_style")]
