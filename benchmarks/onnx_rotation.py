@@ -24,7 +24,7 @@ from lightning_bfmoe.deploy.onnx_export.graph import quiet
 from lightning_bfmoe.deploy.onnx_export.ops import deck_order
 from lightning_bfmoe.functional.butterfly import apply_butterfly, num_pairs, num_stages
 
-EXPERTS, ROWS, WIDTHS = 16, (2, 16, 128), (512, 2048, 8192)
+EXPERTS, ROWS, WIDTHS = 16, (2, 16, 128), (512, 2048)
 FORMS = ("sum", "swap", "split", "factors 4", "factors 8", "factors 16")
 
 

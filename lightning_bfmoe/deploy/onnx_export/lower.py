@@ -26,7 +26,7 @@ Value = Any
 """An `onnx_ir.Value`; the package is imported when a model is exported, not before."""
 MICROSOFT = "com.microsoft"
 PRODUCTS = ("2bit", "int8", "both")
-FEW_ROWS = 4
+FEW_ROWS = 8
 """Up to so many rows (tokens x top-k) the 2-bit product is taken with `both`."""
 
 
