@@ -342,9 +342,9 @@ axes.set(xlabel="nats per token on held-out text", xlim=(0, 23))
 plt.show()
 
 # %% [markdown]
-# Careless is worse than guessing. Calibrated costs 0.87 nats with nothing trained at all, which is
-# still a lot: it is a place to start training from, not a finished model. Swapping only half of the
-# blocks costs less. `include=` and `exclude=` choose blocks by path or pattern.
+# Careless is worse than guessing. Calibrated costs most of a nat with nothing trained at all,
+# which is still a lot: it is a place to start training from, not a finished model. Swapping only
+# half of the blocks costs less. `include=` and `exclude=` choose blocks by path or pattern.
 #
 # Last, what was promised:
 

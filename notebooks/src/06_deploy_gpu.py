@@ -269,8 +269,7 @@ print(f"against dense, training, d=2048, 64 experts: {slower:.1f} times its time
 
 # %% [markdown]
 # - **Training**: slower than a standard MoE with few experts, up to twice as fast with many, where
-#   the standard one moves gigabytes of weights and optimizer state. Memory falls to a fifth or less
-#   from 64 experts on.
+#   the standard one moves gigabytes of weights and optimizer state.
 # - **Decoding**, batch 8: ahead at $d = 2048$ with up to 64 experts, behind with 256. The shared
 #   matrix is still read as bf16 (a packed ternary product for CUDA is missing), so its small size
 #   does not turn into speed yet.

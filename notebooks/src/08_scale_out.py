@@ -217,9 +217,9 @@ axes[0].invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# Not impressive: two GPUs are 1.3 times as fast as one, because at this size a step is bound by the
-# host that launches the kernels, not by the GPUs. And *compressing* the gradients
-# (`compress="bf16"`) saves a quarter of the bytes and **costs** time on NVLink; it is an option for
+# Not impressive: two GPUs are only somewhat faster than one, because at this size a step is bound
+# by the host that launches the kernels, not by the GPUs. And *compressing* the gradients
+# (`compress="bf16"`) saves bytes and **costs** time on NVLink; it is an option for
 # slower links, off by default. More than one machine has not been measured.
 #
 # ## Your turn
