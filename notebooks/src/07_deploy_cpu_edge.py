@@ -238,7 +238,9 @@ plt.show()
 # %% [markdown]
 # Two things at once, so be careful. In PyTorch, the mixture is slower than the dense network: two
 # experts a token, and rotations between many small operations. ONNX Runtime runs the same mixture
-# several times faster, but the dense network would gain from it, too, and was not exported here.
+# several times faster (here with our compiled operation for the rotations where it was built;
+# `edge_app.py` above ran the stock graph), but the dense network would gain from it, too, and was
+# not exported.
 #
 # In a network this small, time is overhead: launching dozens of small operations per token, not
 # reading weights. So this picture says which *runtime* is lean, and nothing about large models,
