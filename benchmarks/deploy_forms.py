@@ -15,7 +15,7 @@ from lightning_bfmoe.layers import set_blend
 SIZES = {  # width, layers, experts, top-k, heads, tokens of the vocabulary, context, new tokens
     "tiny": (32, 1, 4, 2, 2, 64, 256, 8),
     "small": (512, 2, 32, 2, 8, 4096, 512, 48),
-    "full": (1024, 8, 64, 2, 16, 32768, 1024, 200),
+    "full": (1024, 4, 64, 2, 16, 32768, 1024, 200),
 }
 FORMS = {
     "dense fp32": {}, "dense bf16": {"bf16": True}, "dense nf4": {"nf4": True},
