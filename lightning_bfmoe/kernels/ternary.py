@@ -13,9 +13,9 @@ from lightning_bfmoe.functional.ternary import dequantize_ternary
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, register
 from lightning_bfmoe.kernels.library import library, missing_cpu
 
-MAX_ROWS = {2: 32, 1: 8, 0: 4}
+MAX_ROWS = {2: 16, 1: 16, 0: 4}
 """Most rows of the packed product by instruction set (`bfmoe_cpu_level`): with more, the dense one
-is about as fast (`benchmarks/cpu.py`)."""
+is faster for some matrices (`benchmarks/cpu.py`; not measured for level 0)."""
 
 _layouts = WeakTensorKeyDictionary()
 
