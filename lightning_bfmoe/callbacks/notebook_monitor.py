@@ -108,7 +108,8 @@ class NotebookMonitor(LiveChart):
     def collect(self, trainer: pl.Trainer) -> None:
         """Bring the waiting losses from their device, and what was logged."""
         self._flush()
-        self._take_logged(trainer)
+        if not trainer.interrupted:  # asking for logged values can wait for ranks that are gone
+            self._take_logged(trainer)
 
     def _flush(self) -> None:
         if self._losses:

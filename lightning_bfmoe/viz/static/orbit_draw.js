@@ -99,7 +99,7 @@ export function drawHeatmap(canvas, { E, values, a, b, load }) {
   const page = openCanvas(canvas), { g } = page;
   const left = 30, top = 30, right = load ? 92 : 58;
   const side = Math.max(40, Math.min(page.width - left - right, page.height - top - 8));
-  const cell = side / E, limit = roundUp(values.reduce((most, v) => Math.max(most, v), 0));
+  const cell = side / E, limit = roundUp(values.reduce((most, v) => Math.max(most, v), 1e-3));
   pixels(page, E, E, (r, c) => heat(values[r * E + c] / limit), left, top, side, side);
   for (const i of ticks(E, side)) {
     text(page, i, left - 5, top + (i + 0.5) * cell, { align: "right" });
@@ -194,8 +194,11 @@ export function drawButterfly(canvas, { angles, d, stages, S, pairsOf, limit }) 
   if (d <= 32) {
     const x = (s) => left + (width * s) / S, y = (i) => top + ((i + 0.5) * height) / d;
     for (let s = 0; s < S; s++) {
+      const alone = new Set(Array.from({ length: d }, (_, i) => i)); // with an odd d one sits out
       for (let p = 0; p < pairs; p++) {
         const i = table[s].first[p], j = table[s].second[p], angle = angles[s * pairs + p];
+        alone.delete(i);
+        alone.delete(j);
         g.strokeStyle = css(color(angle));
         g.globalAlpha = s < stages ? 1 : 0.2;
         g.lineWidth = 1 + 2.5 * Math.min(1, Math.abs(angle) / limit);
@@ -206,6 +209,14 @@ export function drawButterfly(canvas, { angles, d, stages, S, pairsOf, limit }) 
         }
         g.stroke();
       }
+      g.strokeStyle = page.faint;
+      g.lineWidth = 0.7;
+      g.beginPath();
+      for (const i of alone) {
+        g.moveTo(x(s), y(i));
+        g.lineTo(x(s + 1), y(i));
+      }
+      g.stroke();
     }
     g.globalAlpha = 1;
     g.fillStyle = page.ink;

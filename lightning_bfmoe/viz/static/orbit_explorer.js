@@ -172,7 +172,7 @@ function render({ model, el }) {
       S: block.S, pairsOf: stagePairs, limit }), shown, block };
     drawLosses(losses, { steps, losses: meta.losses, checkpoint: now.checkpoint });
     const name = { a: `expert ${now.a}`, b: `expert ${now.b}`, gap: `${now.a} minus ${now.b}` };
-    const wide = block.d > 256 ? `, the largest of ${block.d / 256} a cell` : "";
+    const wide = block.d > 256 ? `, the largest of ${Math.ceil(block.d / 256)} a cell` : "";
     wing.caption.lastChild.textContent = `angles of ${name[now.show]}${wide}`;
     scatter.caption.lastChild.textContent = "plane through the probe and its images under A and B "
       + "at the last record";
