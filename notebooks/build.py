@@ -90,8 +90,19 @@ def clean(notebook: NotebookNode) -> NotebookNode:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             kept = (_clean_output(output) for output in cell.outputs)
-            cell.outputs = [output for output in kept if output is not None]
+            cell.outputs = _joined([output for output in kept if output is not None])
     return notebook
+
+
+def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Printed text in one piece; where a kernel cuts it depends on the time of day."""
+    result: list[NotebookNode] = []
+    for output in outputs:
+        if result and output.output_type == result[-1].output_type == "stream":
+            result[-1].text += output.text
+        else:
+            result.append(output)
+    return result
 
 
 def _clean_output(output: NotebookNode) -> NotebookNode | None:

@@ -171,6 +171,12 @@ def test_texts_are_refreshed_and_changed_code_is_not(tmp_path):
     assert not refresh_text(source, out)
 
 
+def test_printed_text_is_joined():
+    pieces = [nbformat.v4.new_output("stream", text=text) for text in ("a\n", "b\n")]
+    built = notebook(("x", [*pieces, PICTURE, nbformat.v4.new_output("stream", text="c\n")]))
+    assert [output.get("text") for output in built.cells[0].outputs] == ["a\nb\n", None, "c\n"]
+
+
 def test_colours_and_overwritten_lines_go():
     text = "step 1\rstep 2\n\x1b[31mred\x1b[0m\n"
     built = notebook(("x", [nbformat.v4.new_output("stream", text=text)]))
