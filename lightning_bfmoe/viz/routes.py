@@ -1,5 +1,6 @@
 """Which expert took which token of a text, in the user's own model."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,8 @@ def trace_routes(
     ids, pieces = ids[:max_tokens], pieces[:max_tokens]
     taps = {name: _Tap(layer) for name, layer in layers}
     training = [(module, module.training) for module in model.modules()]
-    device = next(layers[0][1].parameters(), torch.empty(0)).device
+    held = itertools.chain(model.parameters(), model.buffers())  # a packed layer has buffers only
+    device = next(held, torch.empty(0)).device
     try:
         model.eval()
         for start in range(0, len(ids), context):

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bfmoe import ExpertMap, MemoryPlanner, RoutingView, plan_memory
+from lightning_bfmoe import (
+    ExpertMap,
+    MemoryPlanner,
+    RoutingView,
+    load_packed,
+    pack,
+    plan_memory,
+)
 from lightning_bfmoe.data import ByteTokenizer
 from lightning_bfmoe.errors import ConfigError, ShapeError
 from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE
@@ -61,6 +68,17 @@ def test_routes_are_those_of_the_routers():
     )
     assert routes.load("first").tolist() == expected.load.tolist()
     assert routes.experts["own"][:, 0].tolist() == [i % 3 for i in routes.ids]
+
+
+def test_a_packed_model_is_shown_too(tmp_path):
+    model = nn.Sequential(nn.Embedding(256, 16), ButterflyMoE(16, 24, num_experts=6)).eval()
+    pack(model, tmp_path / "model.bfmoe", angles="int8", finalize=True)
+    fresh = nn.Sequential(nn.Embedding(256, 16), ButterflyMoE(16, 24, num_experts=6))
+    packed = load_packed(tmp_path / "model.bfmoe", model=fresh)
+    tokens = ByteTokenizer()
+    expected = trace_routes(model, tokens, TEXT).experts["1"]
+    assert trace_routes(packed, tokens, TEXT).experts["1"].tolist() == expected.tolist()
+    np.testing.assert_allclose(layer_distances(packed, "1"), layer_distances(model, "1"), atol=0.02)
 
 
 def test_a_failing_model_is_left_as_it_was():
