@@ -11,8 +11,8 @@
 #
 # **At the end you have**
 #
-# - trained four small language models on the same bytes in the same order, three of which take the
-#   same memory in their feed-forward layers,
+# - trained four small language models on the same bytes in the same order, three of which take
+#   about the same memory in their feed-forward layers,
 # - charts of the load of every expert, and of the outliers on both sides of every rotation,
 # - the recorded results at two sizes on one picture: at one we are ahead, at the other we lose.
 #
@@ -312,7 +312,8 @@ plt.show()
 # ## Longer, and larger
 #
 # Two recorded comparisons (`benchmarks/accuracy.py`): *small* is about this size, twice as long;
-# *full* is 4 layers of $d=256$ on 20 million bytes, on H100s. Lower left is better; "64 top-4"
+# *full* is 4 layers of $d=256$ on 20 million bytes, on H100s, ours with
+# settings that a tuning text chose. Lower left is better; "64 top-4"
 # is 64 experts of which a token visits 4.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]

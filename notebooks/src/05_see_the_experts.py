@@ -173,10 +173,10 @@ for rotation, (between, travelled) in ends.items():
     )
 
 # %% [markdown]
-# So the experts *move* (right), but as a flock: the distances between them (left) hardly change,
-# and where they do, they grow a little. They began nearly as far apart as unrelated rotations are
-# ($D=1$), and there is little room above. The angles are learned; that the experts differ is due to
-# the start.
+# Each expert moves well away from its own start (right), yet the experts neither gather nor scatter
+# (left): the distances between them hardly change, and where they do, they grow a little. They
+# began nearly as far apart as unrelated rotations are ($D=1$), and there is little room above. So
+# the angles are learned; that the experts *differ* is due to the start.
 #
 # ## Who takes which token?
 #
