@@ -13,6 +13,7 @@ Eight tokens choose 16 experts out of N, of which 14.4 are different at N = 64.
 import argparse
 import json
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -75,10 +76,40 @@ def ours(model, folder, library, seconds):
             error = float(np.median(error / np.linalg.norm(wanted, axis=-1)))
             assert error < 0.05, error
             row = {str(n): fastest(lambda r=runner, n=n: r(ids[n]), seconds) for n in TOKENS}
-            row |= {"error": error, "bytes": (folder / "weights.bin").stat().st_size}
+            files = sum(path.stat().st_size for path in folder.iterdir())
+            row |= {"error": error, "folder_mib": files / MIB}
+            if Path("/proc/self/status").exists():
+                row["resident_mib"] = resident(folder, chosen)
             rows[f"ButterflyMoE, {name}, {products}"] = row
             print(f"ButterflyMoE, {name}, {products}", row, flush=True)
     return rows
+
+
+RESIDENT = """
+import sys
+from pathlib import Path
+import numpy, onnxruntime
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith("VmRSS")) / 1024
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads, options.log_severity_level = 1, 3
+before = resident()
+if sys.argv[2]:
+    options.register_custom_ops_library(sys.argv[2])
+session = onnxruntime.InferenceSession(sys.argv[1], options)
+for _ in range(3):
+    session.run(None, {"input_ids": numpy.zeros((1, 1), numpy.int64)})
+print(resident() - before)
+"""
+
+
+def resident(folder, library):
+    """MiB that a process without torch grows by when it loads and runs the graph (Linux only)."""
+    graph = folder / ("model_ops.onnx" if library else "model.onnx")
+    command = [sys.executable, "-c", RESIDENT, graph, str(library and Path(library).resolve())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout)
 
 
 def standard(d, f, bits, visited, folder):

@@ -2,7 +2,6 @@
 
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -138,11 +137,7 @@ def test_products_are_exact_where_eight_bits_hold_the_input(products, tmp_path):
 def test_the_file_holds_the_codes_once_and_no_factors(tmp_path):
     trits = torch.randint(-1, 2, (64, 1280), dtype=torch.int8)
     module = Products(trits)
-    sizes = {}
-    for products in ("2bit", "both"):
-        folder = export(tmp_path / products, module, torch.zeros(2, 1280), products)
-        sizes[products] = (folder / "weights.bin").stat().st_size
-    assert sizes["2bit"] == 64 * 1280 // 4
-    assert sizes["both"] <= sizes["2bit"] + 4096  # the table of a byte's trits
-    rows = np.frombuffer((tmp_path / "2bit" / "weights.bin").read_bytes(), np.uint8)
-    assert (rows.reshape(64, -1) == code_trits(trits).reshape(64, -1).numpy()).all()
+    folder = export(tmp_path / "both", module, torch.zeros(2, 1280), "both")
+    data = (folder / "weights.bin").read_bytes()
+    assert len(data) <= 64 * 1280 // 4 + 4096  # the codes, and the table of a byte's trits
+    assert code_trits(trits).numpy().tobytes() in data

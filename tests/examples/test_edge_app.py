@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 
 from examples.gpt import GPT
 from lightning_bfmoe import export_onnx, load_packed, pack, swap_feed_forward
+from lightning_bfmoe.cli import main
 from lightning_bfmoe.data import BPETokenizer, train_bpe
 from lightning_bfmoe.deploy.onnx_export.folder import digest
 from lightning_bfmoe.deploy.onnx_export.runner import find_library
@@ -144,3 +146,18 @@ def test_bad_folders(damage, match, bare, made, tmp_path):
     done = run(bare, folder)
     assert done.returncode == 1 and done.stdout == ""
     assert match in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_page_says_what_works(bare, made, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
+    lines = page.partition("## CPU edge device")[2].splitlines()
+    (export,) = [line for line in lines if line.startswith("bfmoe export")]
+    (app, fused) = [line for line in lines if line.startswith("python examples/edge_app.py")]
+    shutil.copy(made / "model.bfmoe", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(export)[1:]) == 0
+    assert "1 ButterflyMoE layers" in capsys.readouterr().out
+    assert "--library" in fused
+    words = shlex.split(app)[2:]
+    done = run(bare, tmp_path / words[0], *words[1:])
+    assert done.returncode == 0 and done.stdout.startswith("To be"), done.stderr
