@@ -67,7 +67,7 @@ class PruneReport:
             count = f"{row.experts} > {len(row.kept)}"
             table.add_row(row.path, count, sizes, f"{row.error:.4f}")
         out = io.StringIO()
-        Console(file=out, width=100).print(table)
+        Console(file=out, force_jupyter=False, width=100).print(table)
         return out.getvalue().rstrip("\n")
 
 

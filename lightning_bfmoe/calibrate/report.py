@@ -50,7 +50,7 @@ class CalibrationReport:
         from rich.console import Console
 
         out = io.StringIO()
-        Console(file=out, width=120).print(self)
+        Console(file=out, force_jupyter=False, width=120).print(self)
         return out.getvalue().rstrip("\n")
 
 

@@ -120,7 +120,7 @@ class SelectionReport:
         from rich.console import Console
 
         out = io.StringIO()
-        Console(file=out, width=130).print(self)
+        Console(file=out, force_jupyter=False, width=130).print(self)
         return out.getvalue().rstrip("\n")
 
     def figure(self) -> Any:

@@ -110,7 +110,7 @@ class PackedSummary:
 
     def __str__(self) -> str:
         out = io.StringIO()
-        Console(file=out, width=100).print(self)
+        Console(file=out, force_jupyter=False, width=100).print(self)
         return out.getvalue().rstrip()
 
     def _parts_table(self) -> Table:

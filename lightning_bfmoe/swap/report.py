@@ -131,7 +131,7 @@ class SwapReport:
         from rich.console import Console
 
         out = io.StringIO()
-        Console(file=out, width=100).print(self)
+        Console(file=out, force_jupyter=False, width=100).print(self)
         return out.getvalue().rstrip("\n")
 
 

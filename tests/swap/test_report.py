@@ -200,3 +200,14 @@ def test_layers_built_by_hand_are_no_candidates_and_not_in_a_plan():
     assert find_feed_forward(model) == []
     assert len(swap_feed_forward(model)) == 0
     assert plan_from_state_dict(model.state_dict())["replacements"] == []
+
+
+def test_the_text_is_text_in_a_notebook_too(monkeypatch):
+    """Inside Jupyter rich would display the table and leave the text empty."""
+    import rich.console
+
+    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+    report = swap_feed_forward(
+        nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))})
+    )
+    assert "mlp" in str(report)
