@@ -68,7 +68,7 @@ def selected_swap(
         >>> report = selected_swap(model, data, budget="1KB", options=("keep", "bypass", "remove"),
         ...     rank=4, calibration=Calibration(progress=False))
         >>> [(row.path, row.chosen) for row in report.submodules]
-        [('1.0', 'bypass')]
+        [('1', 'bypass')]
 
     Args:
         model: Any module; it stays on its device.

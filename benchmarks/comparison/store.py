@@ -107,12 +107,12 @@ def figure(store: Store, path: Path, mode: str = "scratch") -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = {  # Okabe-Ito colours, distinct in shape too
-        "butterfly": ("#0072B2", "o", "ButterflyMoE"),
-        "ternary standard": ("#D55E00", "s", "standard MoE, ternary experts"),
-        "standard": ("#E69F00", "D", "standard MoE, fp32"),
-        "ternary dense": ("#009E73", "^", "ternary dense"),
-        "dense": ("#555555", "v", "dense fp32"),
+    kinds = {  # Okabe-Ito colours as in examples/report.py, distinct in shape too
+        "butterfly": ("#009E73", "o", "ButterflyMoE"),
+        "ternary standard": ("#CC79A7", "s", "standard MoE, ternary experts"),
+        "standard": ("#0072B2", "D", "standard MoE, fp32"),
+        "ternary dense": ("#E69F00", "^", "ternary dense"),
+        "dense": ("#000000", "v", "dense fp32"),
     }
     axes = plt.figure(figsize=(8.5, 5.5), layout="constrained").subplots()
     seen, notes = set(), []

@@ -22,8 +22,9 @@ class WeightedMoments:
         >>> moments = WeightedMoments(1, 1)
         >>> x = torch.tensor([[0.0], [4.0]])
         >>> moments.update(x, 2 * x, torch.tensor([3.0, 1.0]))
-        >>> moments.statistics().mean_x.tolist(), moments.statistics().c_yx.tolist()
-        ([1.0], [[6.0]])
+        >>> found = moments.statistics()
+        >>> round(found.mean_x.item(), 6), round(found.c_yx.item(), 6)
+        (1.0, 6.0)
 
     Args:
         d_in: Width of x.

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from playwright.sync_api import sync_playwright
 
 from examples.gpt import GPT
 from examples.settings import Settings
@@ -69,6 +68,8 @@ def train(folder: Path) -> None:
 
 def photograph(folder: Path, theme: str, ending: str) -> None:
     """One picture of each widget."""
+    from playwright.sync_api import sync_playwright
+
     write_notebook(folder / "gallery.ipynb", [SETUP, *WIDGETS.values()])
     with (
         tempfile.TemporaryDirectory() as own,
