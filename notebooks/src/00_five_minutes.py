@@ -5,7 +5,8 @@
 #
 # You have a PyTorch Lightning model and a `Trainer`. This notebook adds **one callback** to that
 # Trainer. Your feed-forward blocks become mixtures of 8 experts, and yet get *smaller*, because
-# all 8 experts are rotated views of one matrix whose entries are only -1, 0 and +1.
+# all 8 experts are rotated views of one matrix whose entries are only -1, 0 and +1. ("One" is one
+# per projection: a layer has two, with the non-linearity between them.)
 #
 # **At the end you have**
 #
@@ -123,8 +124,8 @@ print(swap_feed_forward(model, num_experts=8, top_k=2, dry_run=True))
 # %% [markdown]
 # Smaller: compare *bytes* (as the model holds them now) with *packed* (as they will be stored). The
 # eight experts share one matrix of -1, 0 and +1 (1.6 bit a weight instead of 32), and what tells
-# them apart is a set of rotation angles each. Notebook
-# [01](01_butterflies_and_orbits.ipynb) draws how.
+# them apart is a set of rotation angles each; a router sends each token to its best two experts
+# (top-2). Notebook [01](01_butterflies_and_orbits.ipynb) draws how.
 #
 # What would it do to the loss, if all weights became ternary *at once*? Take a copy, and look.
 
@@ -201,8 +202,8 @@ for name, control, extra in (
     losses[name] = held_out_loss(control)
 
 # %% [markdown]
-# Now the model goes into a file, and comes back as a fresh module: no latent weights, no
-# optimizer, no Lightning.
+# Now the model goes into a file, and comes back as a fresh module: no latent weights (the fp32 copy
+# that training keeps), no optimizer, no Lightning.
 
 # %%
 import tempfile
