@@ -14,7 +14,8 @@
 # - found what an orbit can *not* change, and when a further expert costs more than it is worth,
 # - turned a layer's experts around in an interactive explorer.
 #
-# Seconds on a CPU; nothing is downloaded.
+# Seconds on a CPU; nothing is downloaded. The slider and the explorer need a kernel: run the
+# notebook to move them. Where there is none (GitHub, a printout) each shows a still.
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
 # [colab]: https://colab.research.google.com/github/OWNER/lightning-bfmoe/blob/main/notebooks/01_butterflies_and_orbits.ipynb
@@ -218,7 +219,7 @@ axes.plot(
     "s:",
     color=ORANGE,
     ms=3,
-    label="a matrix of other stretch",
+    label="an unrelated matrix, for comparison",
 )
 axes.set(xlabel="index", ylabel="singular value", title="What a rotation cannot change")
 axes.legend()
@@ -268,7 +269,7 @@ print(f"relative difference between the layer and the page: {difference:.0e}")
 print("tokens each expert got:", layer.last_routing.load.tolist())
 
 # %% [markdown]
-# In between stands a router: a linear map gives each token a score per expert, the best two
+# Before the experts stands a router: a linear map gives each token a score per expert, the best two
 # compute, and their outputs are mixed with weights that sum to 1. Because the matrix is shared,
 # the tokens of *all* experts go through it in **one** product; only the rotations are per expert.
 #
@@ -276,7 +277,8 @@ print("tokens each expert got:", layer.last_routing.load.tolist())
 #
 # The explorer shows a layer's experts: how far apart they are (heatmap; click a cell to pick two
 # experts), where a probe vector travels under each expert as the angles grow from 0 to their full
-# size, and the butterfly with its angles as colours. Change *stages* and *angle scale*.
+# size, and the butterfly with its angles as colours. Change *stages* and *angle scale*; `up/in` is
+# the input-side rotation of the first matrix.
 #
 # The distance is $D(A, B) = \lVert B_A - B_B\rVert_F / \sqrt{2d}$: 0 for equal rotations, 1 for
 # unrelated ones, $\sqrt 2$ for opposite ones. **Try:** at which angle scale do the experts become
@@ -297,7 +299,7 @@ for std in (0.02, 0.1, 0.5, 1.0):
     print(f"angles N(0, {std}²): mean distance between experts {apart[std]:.2f}")
 
 # %% [markdown]
-# These are the two starts that the callback knows: 0.02 rad when your trained weights shall be
+# These are the two starts that the callback knows: 0.02 rad when your trained weights are to be
 # kept (all experts nearly the same matrix, so the function is preserved), and 0.5 rad when training
 # from random weights (far enough apart to be worth routing between).
 #
@@ -349,8 +351,9 @@ paper = plan_memory(512, 2048, 256, 1, paper_convention=True)
 print(f"counted as the paper does, 256 experts: {paper.ratio('moe_fp32'):.0f}x")
 
 # %% [markdown]
-# The last line is the number that the paper leads with. It is the distance to the *black* line, of
-# one matrix, in theoretical bits. What the sharing itself gives stands in the middle column.
+# The last line is the number that the paper leads with. It is the distance to the *black* line,
+# for one matrix only, counting ideal bits. What the sharing itself gives stands in the middle
+# column.
 #
 # Next: [02](02_ternary_and_qat.ipynb), where $T$ comes from and how it is trained.
 #
