@@ -77,9 +77,10 @@ print(data.text.describe())
 # %% [markdown]
 # ## Record a training
 #
-# Two callbacks more in the Trainer. `OrbitRecorder` writes the angles (as float16) and the load of
-# every expert at each interval; the file is replaced whole every time, so it can be read while the
-# training runs. `OutlierDashboard` draws what `ActivationOutliers` measures, live.
+# Beside the callback that swaps, three that watch. `OrbitRecorder` writes the angles (as float16)
+# and the load of every expert at each interval; the file is replaced whole every time, so it can be
+# read while the training runs. `ActivationOutliers` measures the activations before and after each
+# rotation, and `OutlierDashboard` draws that, live.
 #
 # The training starts from random weights (`init="scratch"`), experts about half a radian apart.
 #
@@ -110,8 +111,9 @@ print("rotations of a layer:", recording.rotations(recording.layers[0]))
 
 # %% [markdown]
 # (Each row of the dashboard is one measure: its mean over all matrices while training, and beneath
-# the newest value of each matrix, before and after its rotation. Notebook
-# [02](02_ternary_and_qat.ipynb) explains the measures.)
+# the newest value of each matrix, before and after its rotation. Kurtosis is 0 for a normal
+# distribution, larger with rare large values; notebook [02](02_ternary_and_qat.ipynb) explains
+# incoherence.)
 #
 # ## Play it back
 #
@@ -188,8 +190,9 @@ view = RoutingView(model, data.tokenizer, text="To be, or not to be: that is the
 view
 
 # %% [markdown]
-# And over a longer text, which is held out: each point is an expert, near ones are alike, the
-# colour is its load, and hovering lists the tokens that it takes more often than their share.
+# And over a longer text, which is held out: each point is an expert, the colour is its load, and
+# hovering lists the tokens that it takes more often than their share. Near ones are alike, but the
+# positions are a rough guide: all pairs are nearly equally far apart.
 
 # %% tags=["widget"]
 text = data.text.validation[:12_000]
@@ -277,6 +280,9 @@ html = Path(folder.name) / "orbits.html"
 print(f"{html.name}: {html.stat().st_size / 1e6:.1f} MB, opens in any browser, without a network")
 
 # %% [markdown]
+# Here the page goes with the temporary folder when the notebook ends; to keep it, give a path of
+# your own: `explorer.export_html("orbits.html")`.
+#
 # `OrbitExplorer(path_of_a_recording)` opens a file that a training on another machine has written;
 # `OrbitExplorer(model)` shows a model without any recording.
 #
