@@ -346,7 +346,8 @@ for ax, size in zip(axes, ("small", "full"), strict=True):
         kind = next(kind for kind in KINDS if name.startswith(kind))
         ax.plot(size_mb, loss, "o", color=KINDS[kind], ms=7)
         short = name.removeprefix(kind).replace(", bytes of butterfly 8", " wider").strip(" ,")
-        low, left_side = kind == "butterfly" and "top-2" in name, kind == "ternary dense"
+        low = kind == "butterfly" and ("top-2" in name or "256" in name)
+        left_side = kind == "ternary dense"
         place = (-5 if left_side or low else 6, -9 if low else 2)
         side = "right" if left_side or low else "left"
         ax.annotate(short, (size_mb, loss), place, textcoords="offset points", fontsize=7, ha=side)
