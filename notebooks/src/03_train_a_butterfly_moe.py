@@ -347,9 +347,9 @@ for ax, size in zip(axes, ("small", "full"), strict=True):
         ax.plot(size_mb, loss, "o", color=KINDS[kind], ms=7)
         short = name.removeprefix(kind).replace(", bytes of butterfly 8", " wider").strip(" ,")
         low = kind == "butterfly" and ("top-2" in name or "256" in name)
-        left_side = kind == "ternary dense"
-        place = (-5 if left_side or low else 6, -9 if low else 2)
-        side = "right" if left_side or low else "left"
+        left_side = kind == "ternary dense" or (low and "Switch" not in name)
+        place = (-5 if left_side else 6, -9 if low else 2)
+        side = "right" if left_side else "left"
         ax.annotate(short, (size_mb, loss), place, textcoords="offset points", fontsize=7, ha=side)
     ax.set_xscale("log")
     ax.set(xlabel="MB of one feed-forward layer", ylabel="loss (nats per byte)", title=size)
