@@ -31,6 +31,10 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# transformers looks for its helpers when it is imported
+if "--packages" in sys.argv[:-1]:
+    sys.path.insert(0, os.path.abspath(sys.argv[sys.argv.index("--packages") + 1]))
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -511,8 +515,6 @@ def main() -> None:
     parser.add_argument("--plan", default="frozen half", help="or 'frozen', 'not frozen', 'dense'")
     parser.add_argument("--label", default="", help="added to the arms' names")
     args = parser.parse_args()
-    if args.packages is not None:
-        sys.path.insert(0, str(args.packages.resolve()))
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     for private in ("packages", "cache", "out", "quiet", "figure"):
         settings.pop(private)
