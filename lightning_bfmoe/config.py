@@ -50,7 +50,7 @@ class ButterflyMoEConfig:
     """Ternary scale: exact least squares (ours), or the mean absolute value (BitNet b1.58).
 
     None: `lstsq` with `preserve`, which it is nearer to; `absmean` with `scratch`, which trained to
-    a lower loss (docs/decisions.md, entry 26)."""
+    a lower loss at the larger size measured (docs/decisions.md, entry 26)."""
     granularity: Literal["row", "tensor"] = "row"
     """One ternary scale per output row, or one per matrix."""
     down: Literal["butterfly", "dense"] = "butterfly"

@@ -117,9 +117,9 @@ def reported(mode: str, budget: int, angle_lr_factor: float = 20.0) -> dict[str,
     Args:
         mode: "scratch" or "continue".
         budget: Bytes that a layer of ButterflyMoE 8 takes, for the wider control.
-        angle_lr_factor: From random weights. On the tuning split 10 was the better one for the
-            1200 steps of the full size (64 experts 0.950, with 20 0.964), 20, the default, for the
-            400 of the small one (8 experts 2.12, with 10 2.34).
+        angle_lr_factor: From random weights. 10 at the full size, chosen on the tuning split for
+            64 experts (0.950, with 20 0.964) and no better for 8; 20, the default, at the small
+            one (8 experts 2.12, with 10 2.34).
     """
     fresh = mode == "scratch"
     start = {**SCRATCH, "angle_lr_factor": angle_lr_factor} if fresh else {}
