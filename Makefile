@@ -11,7 +11,7 @@ SPECS := pyproject.toml constraints.txt hatch_build.py $(wildcard csrc/*)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test browser lint types format notebooks docs clean
+.PHONY: help quickstart test browser browser-tools lint types format notebooks docs clean
 
 help:
 	@echo 'make quickstart   make $(VENV), train, pack, reload and generate (ARGS="--help" lists options)'
@@ -38,18 +38,12 @@ test: $(VENV)/.dev $(VENV)/.corpus
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-# A browser of the system is taken as it is; else Debian's package (as root), else playwright's own.
-browser: $(VENV)/.dev
-	$(PIP) install --quiet -c constraints.txt jupyterlab playwright
-	@if which chromium chromium-browser google-chrome google-chrome-stable 2>/dev/null | grep -q .; then \
-	  echo 'browser: that of the system'; \
-	elif [ "$$(id -u)" = 0 ] && grep -qs '^ID=debian' /etc/os-release; then \
-	  echo "browser: installing Debian's chromium"; \
-	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
-	else \
-	  echo 'browser: installing the one of playwright'; $(BIN)/playwright install chromium; \
-	fi
+browser: browser-tools
 	OMP_NUM_THREADS=1 BFMOE_BROWSER_REQUIRED=1 $(BIN)/python -m pytest tests/browser $(ARGS)
+
+# JupyterLab, playwright, and a Chromium: the system's, Debian's package, or playwright's own.
+browser-tools: $(VENV)/.dev
+	$(BIN)/python -m tests.browser.tools $(TOOLS_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

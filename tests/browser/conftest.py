@@ -5,15 +5,14 @@ import tempfile
 
 import pytest
 
-from tests.browser.lab import FLAGS, HOW, find_browser, missing, run_lab
+from tests.browser.lab import FLAGS, find_browser, missing, run_lab
 
 
 @pytest.fixture(scope="session")
 def browser():
     """A browser context that reaches 127.0.0.1 only."""
-    lacking = missing()
-    if lacking:
-        message = f"browser tests need {' and '.join(lacking)}. {HOW}."
+    message = missing()
+    if message:
         if os.environ.get("BFMOE_BROWSER_REQUIRED") == "1":
             pytest.fail(message)
         pytest.skip(message)

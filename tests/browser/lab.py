@@ -12,8 +12,10 @@ import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypedDict
 
 HOW = "Run: make browser (installs jupyterlab, playwright and a Chromium)"
+REPORT = Path(sys.prefix) / "browser-tools.json"
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
@@ -22,26 +24,59 @@ FLAGS = [
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
+class Report(TypedDict):
+    """What `tests.browser.tools` found: a browser that starts, or what was tried in vain."""
+
+    browser: str | None
+    words: str
+    tried: list[str]
+    broken: list[str]
+
+
+def read_report() -> Report | None:
+    """The report of the last `make browser-tools` in this environment."""
+    return json.loads(REPORT.read_text()) if REPORT.is_file() else None
+
+
+def systems() -> str | None:
+    """The Chromium of the system."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+def playwrights_own() -> str | None:
+    """The Chromium that playwright has downloaded."""
+    if find_spec("playwright") is None:
+        return None
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        path = playwright.chromium.executable_path
+    return path if Path(path).is_file() else None
+
+
 def find_browser() -> str | None:
-    """A Chromium: ``BFMOE_BROWSER``, the system's, or the one that playwright installed."""
-    given = os.environ.get("BFMOE_BROWSER")
+    """A Chromium: ``BFMOE_BROWSER``, the one that `tools` has tried, the system's, playwright's."""
+    given, report = os.environ.get("BFMOE_BROWSER"), read_report()
     if given:
         return given
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None and find_spec("playwright") is not None:
-        from playwright.sync_api import sync_playwright
-
-        with sync_playwright() as playwright:
-            path = playwright.chromium.executable_path
-        found = path if Path(path).is_file() else None
-    return found
+    if report and report["browser"] and Path(report["browser"]).is_file():
+        return report["browser"]
+    broken = report["broken"] if report else []
+    found = (find() for find in (systems, playwrights_own))
+    return next((path for path in found if path and path not in broken), None)
 
 
-def missing() -> list[str]:
-    """What these tests lack, by name."""
+def missing() -> str:
+    """Why these tests cannot run here, with what was tried; "" when they can."""
     modules = ("playwright", "jupyterlab", "anywidget")
     lacking = [f"the Python package {name}" for name in modules if find_spec(name) is None]
-    return lacking or ([] if find_browser() else [f"a browser (none of {', '.join(NAMES)})"])
+    if not lacking and not find_browser():
+        lacking = [f"a browser (none of {', '.join(NAMES)}, nor playwright's)"]
+    if not lacking:
+        return ""
+    report = read_report()
+    tried = f" Tried: {'; '.join(report['tried'])}." if report and report["tried"] else ""
+    return f"browser tests need {' and '.join(lacking)}.{tried} {HOW}."
 
 
 @contextlib.contextmanager
