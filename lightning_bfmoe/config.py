@@ -73,6 +73,11 @@ class ButterflyMoEConfig:
     """Weight of the router z-loss (loss units; 0.001 is usual)."""
     router_noise: float = 0.0
     """Standard deviation of the noise on the router's logits in training (logit units)."""
+    correction_rank: int = 0
+    """Rank of a dense low-rank branch beside the experts, V (U x + c), which all tokens take (count).
+
+    0: none. A calibrated swap fits it to what the ternary layer misses; otherwise it starts at zero.
+    Blocks that bring their own router have none."""
     seed: int = 0
     """Seed of the layers' own generator; the global generators never move."""
 
@@ -87,7 +92,8 @@ class ButterflyMoEConfig:
                     got=f"{name}={getattr(self, name)!r}",
                     fix=f"Use {name}={choices[0]!r}.",
                 )
-        for name, low in (("num_experts", 1), ("top_k", 1), ("stages", 1), ("seed", 0)):
+        lows = {"num_experts": 1, "top_k": 1, "stages": 1, "correction_rank": 0, "seed": 0}
+        for name, low in lows.items():
             value = getattr(self, name)
             if name == "stages" and value is None:
                 continue

@@ -78,6 +78,7 @@ class ButterflyMoECallback(pl.Callback):
         switch_weight: Weight of the Switch loss.
         z_weight: Weight of the router z-loss.
         router_noise: Standard deviation of the router's noise in training (logit units).
+        correction_rank: Rank of a dense low-rank branch beside the experts.
         seed: Seed of the layers' own generator.
 
     Raises:
@@ -119,6 +120,7 @@ class ButterflyMoECallback(pl.Callback):
         switch_weight: float | None = None,
         z_weight: float | None = None,
         router_noise: float | None = None,
+        correction_rank: int | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -128,7 +130,7 @@ class ButterflyMoECallback(pl.Callback):
             "down": down, "activation_bits": activation_bits, "activation": activation,
             "dropout": dropout, "balance_rate": balance_rate,
             "switch_weight": switch_weight, "z_weight": z_weight, "router_noise": router_noise,
-            "seed": seed,
+            "correction_rank": correction_rank, "seed": seed,
         }  # fmt: skip
         self.config = given.resolve_config(config, preset, overrides)
         self._wrapped: TrainableSet | None = None

@@ -116,7 +116,7 @@ def differing_settings(config: ButterflyMoEConfig, layer_settings: Mapping[str, 
     asked = {**config.to_dict(), "scale": config.scale_or_default}
     compared = (
         "num_experts", "top_k", "gains", "stages", "scale", "granularity", "down",
-        "activation_bits",
+        "activation_bits", "correction_rank",
     )  # fmt: skip
     return [
         f"{name}={layer_settings[name]!r} (asked: {asked[name]!r})"

@@ -40,8 +40,8 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FORMAT_VERSION = 2
-"""What is written; 1 is read too."""
+FORMAT_VERSION = 3
+"""What is written; 1 and 2 are read too."""
 MAX_HEADER = 16 << 20
 """Longest JSON that is parsed (bytes); about 60 000 tensors."""
 BLANK = "0" * 64

@@ -5,12 +5,14 @@ Plain JSON inside the safetensors metadata (`docs/format.md` explains every fiel
     {"library": "lightning-bfmoe 0.1.0",
      "tensors": {name: {"sha256": hex, "part": one of PARTS, "layer": path or null}},
      "aliases": {name: name of the tensor it shares},
-     "layers": [{"path", "kind", "config", "placement", "bits", "angles", "gains", "router"}],
+     "layers": [{"path", "kind", "config", "placement", "bits", "angles", "gains", "router",
+                 "correction"}],
      "extra_state": {module path: any JSON},
      "init": {argument of the model's class: plain JSON},
      "example": null or {"inputs": [names of tensors], "output": name of a tensor}}
 
-Version 1 has no "gains", "router", "init" and "example"; it reads as `_from_version_1` says.
+Version 2 has no "correction", version 1 no "gains", "router", "init" and "example" either; they read
+as `_from_version_2` and `_from_version_1` say.
 """
 
 import json
@@ -37,7 +39,8 @@ from lightning_bfmoe.deploy.writer import tensor_bytes, write_container
 from lightning_bfmoe.errors import PackedFileError, SwapError
 from lightning_bfmoe.layers.surgery import ReplacementPlan, check_form
 
-PARTS = ("substrate", "scales", "angles", "gains", "router", "bias", "dense", "other", "example")
+PARTS = ("substrate", "scales", "angles", "gains", "router", "bias", "dense", "correction")
+PARTS += ("other", "example")
 """What a tensor is for; `dense` is the fp32 projection of the preset `paper`, `other` the model."""
 NUMBERS = ("float16", "float32", "int8", "int4")
 """Encodings of the angles."""
@@ -46,6 +49,7 @@ ENCODINGS = {
     "angles": NUMBERS,
     "gains": ("float16", "float32", "int8"),
     "router": ("float32", "bfloat16"),
+    "correction": ("float16", "float32"),
 }
 """Field of a layer record -> its values."""
 
@@ -78,6 +82,8 @@ class LayerRecord:
     """Encoding of the gains: `float16`, `float32` or `int8`."""
     router: str
     """Encoding of the router's weight: `float32` or `bfloat16`."""
+    correction: str
+    """Encoding of a low-rank correction's factors: `float16` or `float32`."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,8 @@ def read_packed(path: str | Path) -> PackedFile:
     raw = strict_json(container.metadata.get("header", ""))
     if container.metadata["format_version"] == "1":
         raw = _from_version_1(raw)
+    if container.metadata["format_version"] in ("1", "2"):
+        raw = _from_version_2(raw)
     names = {item.name for item in fields(Header)}
     if not isinstance(raw, dict) or set(raw) != names:
         refuse(f"the inner header has the fields {sorted(names)}", _keys(raw))
@@ -247,7 +255,7 @@ def _layer(raw: object) -> LayerRecord:
             raise PackedFileError("a layer's placement must be well formed", got=error) from error
         if placement["path"] != raw["path"]:
             refuse("a layer stands where its placement says", f"{raw['path']!r:.80}")
-    _check_config(raw["config"])
+    _check_config(raw["config"], raw["kind"])
     return LayerRecord(**{**raw, "placement": placement})
 
 
@@ -279,7 +287,21 @@ def _from_version_1(raw: Any) -> Any:
     return {**raw, "init": {}, "example": None}
 
 
-def _check_config(config: object) -> None:
+def _from_version_2(raw: Any) -> Any:
+    """The header of version 2 in the words of version 3: no layer has a correction."""
+    layers = raw.get("layers") if isinstance(raw, dict) else None
+    for layer in layers if isinstance(layers, list) else ():
+        config = layer.get("config") if isinstance(layer, dict) else None
+        if isinstance(config, dict):
+            if "correction" in layer or "correction_rank" in config:
+                refuse("a layer of version 2 has no correction", _keys(layer))
+            layer["correction"] = "float16"
+            if layer.get("kind") == "ButterflyMoE":
+                config["correction_rank"] = 0
+    return raw
+
+
+def _check_config(config: object, kind: str) -> None:
     """The settings on which shapes depend; the layer's constructor checks all of them again."""
     if not isinstance(config, dict):
         refuse("a layer's config is a dict", _keys(config))
@@ -291,6 +313,9 @@ def _check_config(config: object) -> None:
             refuse(f"a layer's {name} must be a count", f"{value!r:.80}")
     if min(config["d_model"], config["d_ff"], config["d_out"]) < 2:
         refuse("a layer is at least 2 wide", f"{config!r:.200}")
+    rank, most = config.get("correction_rank"), min(config["d_model"], config["d_out"])
+    if kind == "ButterflyMoE" and (type(rank) is not int or not 0 <= rank <= most):
+        refuse(f"a layer's correction_rank lies in 0 to {most}", f"{rank!r:.80}")
     for name in ("gated", "bias", "gains"):
         if not isinstance(config.get(name), bool):
             refuse(f"a layer's {name} must be true or false", f"{config.get(name)!r:.80}")

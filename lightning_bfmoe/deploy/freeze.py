@@ -3,6 +3,7 @@
 The stored names are the state-dict keys of the packed layer:
 
     router.weight, router.balance_bias                     (the router; not in ButterflyExperts)
+    correction.basis / .offset / .weight                   (where the layer has a correction)
     experts.up.substrate.packed / .alpha                   trits as bytes, row scales
     experts.up.rotate_in.angles / rotate_out.angles        (experts, stages, pairs)
     experts.up.gain_in / gain_out / bias                   where the layer has them
@@ -57,6 +58,12 @@ def stored_tensors(record: LayerRecord) -> dict[str, Stored]:
         result["router.weight"] = Stored((_ROUTER[record.router],), (experts, d_model), "router")
         result["router.balance_bias"] = Stored(("F32",), (experts,), "router")
         prefix = "experts."
+        if rank := config["correction_rank"]:
+            dtype = (_CORRECTION[record.correction],)
+            shapes = {"basis": (rank, d_model), "offset": (rank,), "weight": (d_out, rank)}
+            for leaf, shape in shapes.items():
+                kind = ("F32",) if leaf == "offset" else dtype
+                result[f"correction.{leaf}"] = Stored(kind, shape, "correction")
 
     def add(role: str, rows: int, columns: int) -> None:
         name = f"{prefix}{role}."
@@ -95,6 +102,7 @@ def describe(
     angles: str,
     gains: str,
     router: str,
+    correction: str,
 ) -> LayerRecord:
     """The record of a live layer.
 
@@ -109,7 +117,7 @@ def describe(
             fix="Wrap the layer in a module of yours instead of subclassing it.",
         )
     settings = dict(layer.settings)
-    return LayerRecord(path, kind, settings, placement, bits, angles, gains, router)
+    return LayerRecord(path, kind, settings, placement, bits, angles, gains, router, correction)
 
 
 def pack_tensors(
@@ -143,6 +151,9 @@ def pack_tensors(
             check_finite(record, name, tensor)
             if leaf == "weight" and stored.part == "router" and tensor.dtype == torch.float32:
                 tensor = tensor.to(getattr(torch, record.router))
+            elif stored.part == "correction":
+                narrow = torch.float32 if leaf == "offset" else getattr(torch, record.correction)
+                tensor = tensor.to(narrow)
             elif tensor.dtype == torch.float64:
                 refuse("a layer is packed from float32", f"{record.path}.{name} in float64", _FLOAT)
             memo[key] = tensor
@@ -248,4 +259,5 @@ def _put(owner: nn.Module, name: str, tensor: Tensor, frozen: bool) -> None:
 
 
 _ROUTER = {"float32": "F32", "bfloat16": "BF16"}
+_CORRECTION = {"float16": "F16", "float32": "F32"}
 _FLOAT = "Call model.float() before packing."

@@ -26,6 +26,7 @@ from lightning_bfmoe.errors import ConfigError
 from lightning_bfmoe.functional.butterfly import num_pairs, num_stages
 from lightning_bfmoe.functional.codes import CODE_BITS, SCALE_BYTES, code_bytes
 from lightning_bfmoe.functional.packing import packed_size
+from lightning_bfmoe.layers.correction import correction_bytes
 
 Parts = dict[str, float]
 FORMS = {
@@ -44,7 +45,8 @@ class MemoryPlan:
     settings: dict[str, Any]
     """The arguments of `plan_memory`."""
     parts: dict[str, Parts]
-    """Form -> part -> bytes. Parts: substrate, scales, angles, gains, router, bias, weights."""
+    """Form -> part -> bytes. Parts: substrate, scales, angles, gains, router, bias, weights, and
+    correction."""
     layers: int = 1
 
     def bytes(self, form: str = "butterfly") -> int:
@@ -67,7 +69,7 @@ class MemoryPlan:
                 part.get("substrate", 0) + part.get("scales", 0),
                 part.get("angles", 0) + part.get("gains", 0),
                 part.get("router", 0) + part.get("bias", 0),
-                part.get("weights", 0),
+                part.get("weights", 0) + part.get("correction", 0),
             ]
             ratio = "" if form == "butterfly" else f"{self.ratio(form):.2f}x"
             texts = [human_bytes(cell) if cell else "" for cell in cells]
@@ -139,6 +141,8 @@ def plan_memory(
     granularity: str = "row",
     down: str = "butterfly",
     router: bool = True,
+    correction_rank: int = 0,
+    correction_bits: int = 16,
     paper_convention: bool = False,
 ) -> MemoryPlan:
     """Counts the bytes of a feed-forward layer as dense, standard MoE and ButterflyMoE.
@@ -170,6 +174,8 @@ def plan_memory(
         granularity: One ternary scale a `row` or a `tensor`.
         down: `dense` when our second matrix is one shared fp32 projection (preset `paper`).
         router: Count the router's weight and balance bias, fp32, in every MoE.
+        correction_rank: Rank of a low-rank correction beside our layer; counted with the weights.
+        correction_bits: Bits of its stored factors: 16 or 32; their offset is fp32.
         paper_convention: Count as arXiv 2601.13563 does: ONE matrix of d_ff x d_model, 1.58 bit a
             trit, angles of 16 bit, no router, scale or bias. No real file is that small.
 
@@ -191,6 +197,7 @@ def plan_memory(
     choices = (
         ("granularity", ("row", "tensor")), ("down", ("butterfly", "dense")),
         ("angle_bits", (16, 32, 8, 4)), ("gain_bits", (None, 16, 32, 8)), ("router_bits", (32, 16)),
+        ("correction_bits", (16, 32)),
     )  # fmt: skip
     gain_bits = max(16, angle_bits) if gain_bits is None else gain_bits
     row = _plain_row if paper_convention else _row
@@ -224,6 +231,10 @@ def plan_memory(
         packed["gains"] = ours.gains(num_experts, lambda numbers: row(numbers, width))
     if ours is not counter:
         packed["weights"] = counter.weights(1)["weights"] - ours.weights(1)["weights"]
+    if correction_rank and not paper_convention:
+        _check_count("correction_rank", correction_rank)
+        width = d_model if d_out is None else d_out
+        packed["correction"] = correction_bytes(d_model, width, correction_rank, correction_bits)
     routed: Parts = {"router": 4 * counter.router}
     biases = num_experts if counter.router else 0  # always float32
     narrow: Parts = {"router": (counter.router - biases) * router_bits / 8 + 4 * biases}

@@ -58,7 +58,8 @@ def pack(
         angles: `fp16`, `int8`, `int4` (a scale per stage of each expert) or `fp32`. None: as the
             layer holds them when it came from a file, else fp16.
         gains: `fp16`, `int8` (a scale per expert and side) or `fp32`. None: as the layer holds them
-            when they are codes, `fp32` beside angles in fp32, else fp16.
+            when they are codes, `fp32` beside angles in fp32, else fp16. The factors of a low-rank
+            correction are fp32 beside angles in fp32, else fp16.
         rest: `keep`, or `bf16`: the router's weight and all floating-point numbers outside the
             layers in bfloat16. The loaded model computes so (its router in float32);
             `loaded.float()` widens it.
@@ -146,14 +147,14 @@ def check_choices(angles: str | None, gains: str | None, rest: str, bits: str) -
 
 def choose_encodings(
     layer: Layer, angles: str | None, gains: str | None, rest: str
-) -> tuple[str, str, str]:
-    """Encodings of a layer's angles, gains and router in the words of its record."""
+) -> tuple[str, str, str, str]:
+    """Encodings of a layer's angles, gains, router and correction in the words of its record."""
     held = encoding_of(layer)
     chosen = held[0] if angles is None else NAMES[angles]
     beside = "float32" if chosen == "float32" else "float16"
     kept = held[1] if held[1] == "int8" else beside
     router = "bfloat16" if rest == "bf16" else "float32"
-    return chosen, kept if gains is None else NAMES[gains], router
+    return chosen, kept if gains is None else NAMES[gains], router, beside
 
 
 def init_arguments(model: nn.Module) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class LayerSizes:
             router=self.record.kind == "ButterflyMoE",
             angle_bits=(FLOAT_BITS | CODE_BITS)[self.record.angles],
             gain_bits=(FLOAT_BITS | CODE_BITS)[self.record.gains],
+            correction_rank=config.get("correction_rank", 0),
+            correction_bits=FLOAT_BITS[self.record.correction],
             router_bits=16 if self.record.router == "bfloat16" else 32,
             trit_bits=self.record.bits,
         )
@@ -128,7 +130,7 @@ class PackedSummary:
                 part["angles"],
                 part["gains"],
                 part["router"],
-                part["bias"] + part["dense"] + part["other"],
+                part["bias"] + part["dense"] + part["correction"] + part["other"],
             )
             texts = [human_bytes(count) if count else "" for count in columns]
             table.add_row(escape(layer.record.path or "(root)"), *texts, f"{layer.bytes:,}")

@@ -11,6 +11,7 @@ from lightning_bfmoe.layers.collect import (
     set_loss_scale,
     update_balance,
 )
+from lightning_bfmoe.layers.correction import LowRankCorrection
 from lightning_bfmoe.layers.experts import ButterflyExperts
 from lightning_bfmoe.layers.linear import ButterflyLinear
 from lightning_bfmoe.layers.moe import ButterflyMoE
@@ -27,6 +28,7 @@ __all__ = [
     "ButterflyMoE",
     "CodedNumbers",
     "CodedRotation",
+    "LowRankCorrection",
     "PackedSubstrate",
     "Rotation",
     "Routing",

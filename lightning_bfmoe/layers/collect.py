@@ -56,7 +56,8 @@ def set_loss_scale(model: nn.Module, value: float) -> None:
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
-    """Role of each of our parameters by full name: angle, latent, gain, router, bias, projection.
+    """Role of each of our parameters by full name: angle, latent, gain, router, bias,
+    projection, correction.
 
     Parameters of other modules are left out.
     """
@@ -67,5 +68,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
             role = "router" if name.startswith("router.") else _ROLES.get(leaf, "other")
             if name in ("experts.down.weight", "down.weight"):
                 role = "projection"
+            elif name.startswith("correction."):
+                role = "correction"
             roles[f"{path}.{name}" if path else name] = role
     return roles

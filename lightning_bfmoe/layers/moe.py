@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import ShapeError
 from lightning_bfmoe.layers.aux_loss import attach_loss
+from lightning_bfmoe.layers.correction import LowRankCorrection
 from lightning_bfmoe.layers.experts import ButterflyExperts, experts_arguments
 from lightning_bfmoe.layers.precision import KeepsFloat32
 from lightning_bfmoe.layers.router import Routing, TopKRouter
@@ -18,7 +19,7 @@ from lightning_bfmoe.layers.state import RemembersSettings
 class ButterflyMoE(RemembersSettings, KeepsFloat32):
     r"""Mixture of N experts that are learned butterfly rotations of one shared ternary matrix.
 
-    .. math:: y = \sum_{i \in S(x)} w_i(x)\, f_i(x) ,\qquad \sum_i w_i(x) = 1
+    .. math:: y = \sum_{i \in S(x)} w_i(x)\, f_i(x)\; [+\, V (U x + c)] ,\qquad \sum_i w_i(x) = 1
 
     A drop-in feed-forward block: any leading axes, same width out as in. Identical experts give the
     dense network for every routing, so a swap can preserve the function. Auxiliary losses act from
@@ -40,6 +41,7 @@ class ButterflyMoE(RemembersSettings, KeepsFloat32):
         switch_weight: Weight of the Switch loss (loss units).
         z_weight: Weight of the router z-loss (loss units).
         router_noise: Standard deviation of the logit noise in training (logit units).
+        correction_rank: Rank of a `LowRankCorrection` beside the experts; 0 for none.
         seed: Seed of the layer's own generator.
         device: Where parameters live.
         **experts: Further settings of `ButterflyExperts`: d_out, activation, gated, bias, dropout,
@@ -62,6 +64,7 @@ class ButterflyMoE(RemembersSettings, KeepsFloat32):
         switch_weight: float = 0.0,
         z_weight: float = 0.0,
         router_noise: float = 0.0,
+        correction_rank: int = 0,
         seed: int = 0,
         device: torch.device | str | None = None,
         **experts: Any,
@@ -70,6 +73,7 @@ class ButterflyMoE(RemembersSettings, KeepsFloat32):
         ButterflyMoEConfig(  # checks the ranges
             num_experts=num_experts, top_k=top_k, balance_rate=balance_rate,
             switch_weight=switch_weight, z_weight=z_weight, router_noise=router_noise,
+            correction_rank=correction_rank,
         )  # fmt: skip
         self.experts = ButterflyExperts(
             d_model, d_ff, num_experts, seed=seed, device=device, **experts
@@ -80,9 +84,15 @@ class ButterflyMoE(RemembersSettings, KeepsFloat32):
             z_weight=z_weight, noise=router_noise, generator=generator, device=device,
         )  # fmt: skip
         self.d_model, self.d_ff, self.d_out = d_model, d_ff, self.experts.d_out
+        self.correction: LowRankCorrection | None = None
+        if correction_rank:
+            self.correction = LowRankCorrection(
+                d_model, self.d_out, correction_rank, generator=generator, device=device
+            )
         self.settings = {
             **self.experts.settings, "top_k": top_k, "balance_rate": balance_rate,
             "switch_weight": switch_weight, "z_weight": z_weight, "router_noise": router_noise,
+            "correction_rank": correction_rank,
         }  # fmt: skip
         self.last_routing: Routing | None = None
 
@@ -104,6 +114,8 @@ class ButterflyMoE(RemembersSettings, KeepsFloat32):
         routing = self.router(tokens)
         self.last_routing = routing.detach()
         y = self.experts(tokens, routing.experts, routing.weights)  # (tokens, d_out)
+        if self.correction is not None:
+            y = y + self.correction(tokens)
         if routing.loss is not None:
             y = attach_loss(y, routing.loss, self.router.loss_scale)
         return y.reshape(*x.shape[:-1], self.d_out)
@@ -136,7 +148,7 @@ class ButterflyMoE(RemembersSettings, KeepsFloat32):
             d_model, d_ff, config.num_experts, config.top_k,
             balance_rate=config.balance_rate_or_default, switch_weight=config.switch_weight,
             z_weight=config.z_weight, router_noise=config.router_noise,
-            **experts_arguments(config, block),
+            correction_rank=config.correction_rank, **experts_arguments(config, block),
         )  # fmt: skip
 
     @classmethod

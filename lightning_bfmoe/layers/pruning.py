@@ -8,6 +8,7 @@ from torch import nn
 from lightning_bfmoe.errors import ConfigError
 from lightning_bfmoe.functional.packing import packed_size
 from lightning_bfmoe.layers.coded import CodedNumbers
+from lightning_bfmoe.layers.correction import correction_bytes
 from lightning_bfmoe.layers.linear import ButterflyLinear
 from lightning_bfmoe.layers.moe import ButterflyMoE
 from lightning_bfmoe.layers.substrate import PackedSubstrate
@@ -93,7 +94,7 @@ def _check_trained(layer: ButterflyMoE) -> None:
 def packed_bytes(layer: ButterflyMoE, num_experts: int) -> int:
     """Bytes of a layer when packed with so many of its experts.
 
-    Trits at 1.6 bit, angles and gains fp16, the rest fp32.
+    Trits at 1.6 bit; angles, gains and a correction's factors fp16; the rest fp32.
 
     Example:
         >>> layer = ButterflyMoE(16, 64, num_experts=4)
@@ -112,4 +113,6 @@ def packed_bytes(layer: ButterflyMoE, num_experts: int) -> int:
         total += packed_size(linear.d_out * linear.d_in) + 4 * (scales + bias)
     if not isinstance(experts.down, ButterflyLinear):
         total += 4 * sum(p.numel() for p in experts.down.parameters())
+    if layer.correction is not None:
+        total += correction_bytes(layer.d_model, layer.d_out, layer.correction.rank)
     return total + each * num_experts

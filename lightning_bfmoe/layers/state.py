@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from lightning_bfmoe.errors import CheckpointError
 
 STATE_VERSION = 1
+LATER_SETTINGS = {"correction_rank": 0}
+"""What a layer had when it was written before it knew the setting."""
 
 
 def encode_extra_state(data: dict[str, Any]) -> Tensor:
@@ -86,7 +88,7 @@ class RemembersSettings(nn.Module):
                 got=f"version {state.get('version')} of {state.get('kind')}",
                 fix="Load it with the library version that wrote it.",
             )
-        theirs = state["settings"]
+        theirs = {**LATER_SETTINGS, **state["settings"]}
         ignored = {"angle_std", "seed"}  # only the start depends on them
         different = {
             name: (value, theirs.get(name))

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_bfmoe.errors import BFMoEError, SwapError
 from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE
 from lightning_bfmoe.layers.bypass import LinearBypass, share_basis
-from lightning_bfmoe.layers.state import decode_extra_state
+from lightning_bfmoe.layers.state import LATER_SETTINGS, decode_extra_state
 from lightning_bfmoe.layers.surgery import ReplacementPlan, check_form, find_slot, rebase
 from lightning_bfmoe.swap.build import KINDS, activation_from_model, finish_layer
 from lightning_bfmoe.swap.quiet import keep_rng, plain_defaults
@@ -122,7 +122,7 @@ def _stands_already(model: nn.Module, entry: ReplacementPlan) -> bool:
         return False
     ignored = ("seed", "angle_std")
     settings = [
-        {k: v for k, v in s.items() if k not in ignored}
+        {k: v for k, v in {**LATER_SETTINGS, **s}.items() if k not in ignored}
         for s in (layer.settings, wanted["settings"])
     ]
     if type(layer).__name__ != wanted["kind"] or settings[0] != settings[1]:
@@ -167,7 +167,7 @@ def _rebuild(
 
 def _row(layer: ButterflyMoE | ButterflyExperts) -> SwappedBlock:
     s, placement = layer.settings, layer.placement or {}
-    parameters, packed = layer_sizes(s, router=isinstance(layer, ButterflyMoE))
+    parameters, packed = layer_sizes({**LATER_SETTINGS, **s}, router=isinstance(layer, ButterflyMoE))
     return SwappedBlock(
         path=placement["path"],
         owner=placement["path"],

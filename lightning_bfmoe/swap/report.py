@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_bfmoe.functional.butterfly import check_stages, num_pairs, num_stages
 from lightning_bfmoe.functional.packing import packed_size
+from lightning_bfmoe.layers.correction import correction_bytes
 from lightning_bfmoe.layers.surgery import Replaced, ReplacementPlan
 
 PLAN_VERSION = 1
@@ -201,7 +202,8 @@ def layer_sizes(settings: dict[str, Any], router: bool) -> tuple[int, int]:
         router: Whether the layer has a router of its own.
 
     Returns:
-        Numbers that train, and bytes with trits at 1.6 bit, fp16 angles and gains, the rest fp32.
+        Numbers that train, and bytes with trits at 1.6 bit, angles, gains and a correction's factors
+        in fp16, the rest fp32.
     """
     s, experts = settings, settings["num_experts"]
     shapes = [(s["d_ff"], s["d_model"])] * (2 if s["gated"] else 1)
@@ -219,6 +221,9 @@ def layer_sizes(settings: dict[str, Any], router: bool) -> tuple[int, int]:
         parameters += rows * columns + angles + gains + bias
         scales = rows if s["granularity"] == "row" else 1
         size += packed_size(rows * columns) + 4 * (scales + bias) + 2 * (angles + gains)
+    if router and (rank := s["correction_rank"]):
+        parameters += rank * (s["d_model"] + s["d_out"] + 1)
+        size += correction_bytes(s["d_model"], s["d_out"], rank)
     return parameters, size
 
 

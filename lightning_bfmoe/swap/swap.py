@@ -155,6 +155,7 @@ def describe_block(
         block.activation if isinstance(block.activation, str) else activation_name(block.activation)
     )
     settings = experts_arguments(config, {**dense, "activation": name or "custom"})
+    settings["correction_rank"] = config.correction_rank
     parameters, packed = layer_sizes(settings, router=kind == "ButterflyMoE")
     before, size = block_bytes(c)
     return SwappedBlock(

@@ -167,21 +167,28 @@ def test_codes_that_no_encoder_writes_are_refused(kind, name, at, value, match, 
     assert state(model) == before
 
 
-def test_a_file_of_version_1_is_read_and_packed_anew(file):
+@pytest.mark.parametrize(
+    ("old_file", "kinds"),
+    [("version_1", ("float16", "float16")), ("version_2", ("int8", "int8"))],
+)
+def test_older_files_are_read_and_packed_anew(old_file, kinds, file):
+    path = OLD.with_name(f"{old_file}.bfmoe")
+
     def old():
         model = nn.Sequential(nn.Linear(3, 4), ButterflyMoE(4, 6, 2, gains=True))
         return model.append(nn.Linear(4, 2))
 
-    loaded = load_packed(OLD, old())
-    stored = load_file(OLD)
+    loaded = load_packed(path, old())
+    stored = load_file(path)
     state_dict = {k: v for k, v in loaded.state_dict().items() if not k.endswith("_extra_state")}
     assert set(state_dict) == set(stored)
     assert all(torch.equal(state_dict[name], stored[name]) for name in stored)
-    assert settings_of(OLD) == ("float16", "float16")
-    report = inspect_packed(OLD)
+    assert settings_of(path) == kinds
+    assert loaded[1].settings["correction_rank"] == 0
+    report = inspect_packed(path)
     assert report.layers[0].plan.bytes() == report.layer_bytes
     pack(loaded, file)
-    assert read_packed(file).container.metadata["format_version"] == "2"
+    assert read_packed(file).container.metadata["format_version"] == "3"
     again = load_file(file)
     assert all(torch.equal(again[name], stored[name]) for name in stored)
 

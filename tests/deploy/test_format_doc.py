@@ -29,7 +29,8 @@ def reader():
     [
         {},
         {"gated": True, "gains": True, "activation": "silu"},
-        {"bias": False, "granularity": "tensor", "stages": 2, "d_out": 5, "top_k": 3},
+        {"bias": False, "granularity": "tensor", "stages": 2, "d_out": 5, "top_k": 3,
+         "correction_rank": 2},  # fmt: skip
     ],
 )
 @pytest.mark.parametrize(("d_model", "d_ff"), [(8, 32), (6, 10), (7, 9)])
@@ -52,7 +53,7 @@ def test_the_numpy_reader_computes_the_same(settings, d_model, d_ff, stored, rea
             layer.router.weight.mul_(20)
             layer.router.balance_bias.copy_(torch.tensor([0.3, -0.3, 0.1, 0.0]))
             for name, parameter in layer.named_parameters():
-                if "gain" in name:
+                if "gain" in name or "correction" in name:
                     parameter.add_(0.1 * torch.randn(parameter.shape))
         return nn.Sequential(layer)
 
@@ -86,8 +87,9 @@ def test_the_page_names_every_field(file):
     assert missing == []
 
 
-def test_the_numpy_reader_reads_version_1(reader):
-    tensors, header = reader["read"](Path(__file__).parent / "data" / "version_1.bfmoe")
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_numpy_reader_reads_older_versions(version, reader):
+    tensors, header = reader["read"](Path(__file__).parent / "data" / f"version_{version}.bfmoe")
     x = np.ones(4, np.float32)
     y = reader["layer"](tensors, header["layers"][0], x, lambda v: np.maximum(v, 0))
     assert y.shape == (4,)

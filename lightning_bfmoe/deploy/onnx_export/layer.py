@@ -155,6 +155,7 @@ class ExportedMoE(nn.Module):
         assert isinstance(router, TopKRouter)
         self.top_k, self.d_model, self.d_out = router.top_k, layer.d_model, layer.d_out
         self.experts = ExportedExperts(layer.experts)
+        self.correction = None if layer.correction is None else layer.correction.float()
         self.register_buffer("router", router.weight.detach().float())  # (experts, d_model)
         self.register_buffer("balance_bias", router.balance_bias.detach().float())
 
@@ -165,6 +166,8 @@ class ExportedMoE(nn.Module):
         chosen = torch.topk(logits.sigmoid() + self.balance_bias, self.top_k, dim=-1).indices
         weights = logits.gather(-1, chosen).softmax(dim=-1)  # (tokens, k)
         y: Tensor = self.experts(tokens, chosen, weights)
+        if self.correction is not None:
+            y = y + self.correction(tokens)
         return y.reshape(*x.shape[:-1], self.d_out)
 
 
