@@ -15,8 +15,12 @@ its feed-forward blocks. Each form is written to a file and measured in a proces
 
 First the logits with the cache are compared with those of the whole prefix, in the same process;
 a form that is wrong is not timed. A form that cannot run here is a record with `failed`. What the
-file at --out already holds is not measured again. The model of the standard MoE has the same top-k;
-the dense one is as wide as a single expert, so it computes less than the others.
+file at --out already holds is not measured again (`--rounds` takes all forms in turn
+several times; a figure is the median then). The standard MoE has the same top-k, and its
+"ternary" form the same trits a matrix as ours, in every expert; the dense model is as wide as a
+single expert, so it computes less than the others. Where every expert in full takes more than
+2 GiB (--size full) the file is counted instead of written, and the model made on the device:
+`file_written` and `load_seconds` say so.
 """
 
 import argparse
@@ -39,12 +43,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-from benchmarks.deploy_forms import FORMS, SIZES, read, write
+import benchmarks.bare  # noqa: F401  before examples
+from benchmarks.deploy_forms import FORMS, SIZES, is_huge, make, read, write
 from examples.gpt import GPT
 from lightning_bfmoe.deploy import KVCache, Sampling, TokenGenerator
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT, BATCHES = 128, (1, 8)
+COUNTED = Path("-")
+LIMIT = 150  # seconds a form
 
 
 def check(model: nn.Module, size: str, device: str) -> float:
@@ -125,8 +132,8 @@ def onnx_pace(path: Path, threads: int, vocabulary: int, batch: int, new: int) -
     return statistics.median(first), statistics.median(steps)
 
 
-def measure(size: str, name: str, path: Path, device: str, threads: int) -> dict:
-    """One form, in this process."""
+def measure(size: str, name: str, path: Path, device: str, graph: bool, threads: int) -> dict:
+    """One form, in this process; the path `COUNTED` makes the model instead of reading it."""
     torch.set_num_threads(threads)
     form, vocabulary, new = FORMS[name], SIZES[size][5], SIZES[size][7]
     cuda = device == "cuda"
@@ -143,17 +150,22 @@ def measure(size: str, name: str, path: Path, device: str, threads: int) -> dict
             record |= rates(batch, first, step)
         return record | {"resident_bytes": resident() - before}
     with Peak() as peak:
-        model = read(size, form, path, device)
-        # these two find the experts of a batch on the host, which a graph cannot
-        waits = form.get("moe") and not form.get("bf16")
-        generator = TokenGenerator(model, cuda_graph=False if waits else None)
-        record["cuda_graph"] = generator.decoding.graph
+        if path == COUNTED:
+            model, record["file_bytes"] = make(size, form, device)
+            torch.cuda.synchronize()
+        else:
+            model = read(size, form, path, device)
+        generator = TokenGenerator(model, cuda_graph=None if graph else False)
         generator.generate([[1, 2, 3]], Sampling(2, 0))
-        record["load_seconds"] = time.perf_counter() - start
+        record["cuda_graph"] = generator.decoding.graph
+        if path != COUNTED:
+            record["load_seconds"] = time.perf_counter() - start
         gc.collect()
         after = torch.cuda.memory_allocated() if cuda else resident()
         record["resident_bytes"] = after - before
         record["error"] = check(model, size, device)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()  # that of the measurement, not of the making
         for batch in BATCHES:
             record |= rates(batch, *pace(generator, vocabulary, batch, new))
     most = torch.cuda.max_memory_allocated() if cuda else peak.bytes
@@ -166,17 +178,28 @@ def rates(batch: int, first: float, step: float) -> dict[str, float]:
     return {f"{what}_{batch}": value for what, value in rate.items()}
 
 
-def child(arguments: list[str]) -> dict:
-    """The record of `measure` in a fresh process; what went wrong, else."""
-    command = [sys.executable, __file__, "--child", *arguments]
-    threads = arguments[-1]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": threads}
-    )
-    if done.returncode:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-        return {"failed": (last or [f"exit status {done.returncode}"])[0][:300]}
-    return json.loads(done.stdout.splitlines()[-1])
+def child(size: str, name: str, path: Path, device: str, threads: int) -> dict:
+    """The record of `measure` in a fresh process; what went wrong, else.
+
+    A step that waits for the GPU cannot be captured (experts that are found on the host): it is
+    measured without a graph then, in another fresh process, and the record says so.
+    """
+    for graph in ("graph", ""):
+        arguments = [size, name, str(path), device, graph, str(threads)]
+        command = [sys.executable, __file__, "--child", *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=environment, timeout=LIMIT
+            )
+        except subprocess.TimeoutExpired:
+            return {"failed": f"took more than {LIMIT} s"}
+        if done.returncode == 0:
+            return json.loads(done.stdout.splitlines()[-1])
+        if "CUDA graph" not in done.stderr:
+            break
+    last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+    return {"failed": (last or [f"exit status {done.returncode}"])[0][:300]}
 
 
 def facts(device: str) -> dict:
@@ -198,10 +221,25 @@ def cpu_name() -> str:
     return (found or [platform.processor()])[0]
 
 
-def jobs(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """Form and threads."""
-    for name in options.forms or FORMS:
-        yield from ((name, threads) for threads in options.threads)
+def jobs(options: argparse.Namespace) -> Iterator[tuple[int, str, int]]:
+    """Round, form and threads: all forms in turn, so that a busy minute slows more than one."""
+    for number in range(options.rounds):
+        for name in options.forms or FORMS:
+            yield from ((number, name, threads) for threads in options.threads)
+
+
+def medians(records: list[dict]) -> list[dict]:
+    """A record for each form and number of threads: the median of each figure over the rounds."""
+    groups: dict[tuple[str, int], list[dict]] = {}
+    for record in records:
+        groups.setdefault((record["form"], record["threads"]), []).append(record)
+    found = []
+    for rows in groups.values():
+        good = [row for row in rows if "failed" not in row] or rows[:1]
+        numbers = [k for k, v in good[0].items() if isinstance(v, float) or k.endswith("bytes")]
+        middle = {k: statistics.median(row[k] for row in good) for k in numbers}
+        found.append({**good[0], **middle, "rounds": len(good)})
+    return found
 
 
 def table(records: list[dict]) -> str:
@@ -227,47 +265,64 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     content = json.loads(out.read_text()) if out.exists() else {"records": []}
     content.setdefault("facts", facts(options.device))
     content |= {"size": options.size, "sizes": SIZES[options.size], "note": options.note}
-    done = {(record["form"], record["threads"]) for record in content["records"]}
+    done = {(r["form"], r["threads"], r.get("round", 0)) for r in content["records"]}
+    end = time.monotonic() + options.limit
     with tempfile.TemporaryDirectory(prefix="bfmoe-") as folder:
-        for name, threads in jobs(options):
-            if (name, threads) in done:
+        for number, name, threads in jobs(options):
+            if (name, threads, number) in done:
                 continue
-            path = Path(folder) / f"model{list(FORMS).index(name)}"
-            record: dict[str, Any] = {"form": name, "threads": threads}
-            try:
-                if not path.exists():
-                    write(options.size, FORMS[name], path)
-                files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-                record["file_bytes"] = sum(item.stat().st_size for item in files)
-            except Exception as error:  # a library that is not there is a result too
-                record["failed"] = f"{type(error).__name__}: {error}"[:300]
-            else:
-                arguments = [options.size, name, str(path), options.device, str(threads)]
-                record |= child(arguments)
-            content["records"].append(record)
+            if time.monotonic() > end:
+                print("the limit is reached; repeat the command for the rest", flush=True)
+                break
+            record: dict[str, Any] = {"form": name, "threads": threads, "round": number}
+            content["records"].append(record | one(options, name, threads, Path(folder)))
             out.parent.mkdir(parents=True, exist_ok=True)
             temporary = out.with_suffix(".part")
             temporary.write_text(json.dumps(content, indent=1) + "\n")
             temporary.replace(out)
-            print(table(content["records"]).splitlines()[-1], flush=True)
+            print(table(content["records"][-1:]).splitlines()[1], flush=True)
     return content
+
+
+def one(options: argparse.Namespace, name: str, threads: int, folder: Path) -> dict[str, Any]:
+    """One form's file, where it is not there yet, and its measurement."""
+    form, path = FORMS[name], folder / f"model{list(FORMS).index(name)}"
+    if options.device == "cuda" and form.get("onnx"):
+        return {"failed": "onnxruntime runs on the CPU here"}
+    huge = is_huge(options.size, form)
+    if huge and options.device == "cpu":
+        return {"failed": "gigabytes of experts in full; measured on a GPU"}
+    record: dict[str, Any] = {"file_written": not huge}
+    try:
+        if not huge and not path.exists():
+            write(options.size, form, path)
+    except Exception as error:  # a library that is not there is a result too
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
+    if huge:
+        path = COUNTED
+    else:
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+        record["file_bytes"] = sum(item.stat().st_size for item in files)
+    return record | child(options.size, name, path, options.device, threads)
 
 
 def main() -> None:
     """Measure, write, print."""
     if sys.argv[1:2] == ["--child"]:
-        size, name, path, device, threads = sys.argv[2:]
-        print(json.dumps(measure(size, name, Path(path), device, int(threads))))
+        size, name, path, device, graph, threads = sys.argv[2:]
+        print(json.dumps(measure(size, name, Path(path), device, bool(graph), int(threads))))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--size", default="small", choices=list(SIZES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), help="only these")
+    parser.add_argument("--rounds", type=int, default=1, help="a figure is the median of them")
+    parser.add_argument("--limit", type=float, default=1e9, help="start nothing after these seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "deploy.json")
     parser.add_argument("--note", default="", help="what else ran on the machine")
     content = run(parser.parse_args())
-    print(table(content["records"]))
+    print(table(medians(content["records"])))
 
 
 if __name__ == "__main__":

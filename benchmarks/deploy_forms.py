@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.speed import StandardMoE, loop
+import benchmarks.bare  # noqa: F401  before examples
+from benchmarks.deploy_peers import ListedMoE, StandardRows, TernaryMoE, widened
 from examples.gpt import GPT
 from lightning_bfmoe import load_packed, pack, swap_feed_forward
 from lightning_bfmoe.layers import set_blend
@@ -21,6 +22,7 @@ FORMS = {
     "dense fp32": {}, "dense bf16": {"bf16": True}, "dense nf4": {"nf4": True},
     "standard MoE fp32": {"moe": True}, "standard MoE bf16": {"moe": True, "bf16": True},
     "standard MoE nf4": {"moe": True, "nf4": True},
+    "standard MoE ternary": {"moe": True, "ternary": True},
     "ours fp16 angles": {"angles": "fp16"}, "ours int8 angles": {"angles": "int8"},
     "ours int8 angles, bf16 rest": {"angles": "int8", "rest": "bf16"},
     "ours int8 angles, low memory": {"angles": "int8", "low_memory": True},
@@ -28,53 +30,36 @@ FORMS = {
 }  # fmt: skip
 
 
-class Flat(nn.Module):
-    """A feed-forward layer of rows (tokens, width) in a model of (batch, time, width)."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., width) -> same."""
-        rows = x.reshape(-1, x.shape[-1])
-        if isinstance(self.layer, StandardMoE):
-            plain = rows.dtype == torch.float32  # the grouped kernel takes 16-bit numbers
-            return self.layer(rows, loop if plain else None).reshape(x.shape)
-        return self.layer(rows).reshape(x.shape)
-
-
-class ListedMoE(nn.Module):
-    """Experts as modules of their own, for quantisers that replace `nn.Linear`."""
-
-    def __init__(self, d: int, d_ff: int, experts: int, k: int) -> None:
-        super().__init__()
-        self.k, self.router = k, nn.Linear(d, experts, bias=False)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(d, d_ff, bias=False), nn.GELU(), nn.Linear(d_ff, d, bias=False))
-            for _ in range(experts)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(tokens, d) -> same."""
-        weights, chosen = self.router(x).topk(self.k, dim=-1)
-        weights, y = weights.softmax(-1), torch.zeros_like(x)
-        for expert in chosen.unique().tolist():
-            rows, slots = (chosen == expert).nonzero(as_tuple=True)
-            y[rows] += weights[rows, slots].unsqueeze(1) * self.experts[expert](x[rows])
-        return y
-
-
 def build(size: str, form: dict[str, Any]) -> GPT:
     """The model before its numbers come, in the dtype of the form."""
     width, depth, experts, k, heads, vocabulary, context, _ = SIZES[size]
     torch.manual_seed(0)
     model = GPT(vocabulary, context, width, depth, heads)
+    kinds = {"nf4": ListedMoE, "ternary": TernaryMoE}
     if form.get("moe"):
+        kind = next((kinds[name] for name in kinds if form.get(name)), StandardRows)
         for block in model.blocks:
-            layer = StandardMoE(width, 4 * width, experts, k, torch.float32)
-            block.mlp = Flat(ListedMoE(width, 4 * width, experts, k) if form.get("nf4") else layer)
+            block.mlp = kind(width, 4 * width, experts, k)
     return model.bfloat16() if form.get("bf16") else model
+
+
+def is_huge(size: str, form: dict[str, Any]) -> bool:
+    """Whether every expert in full takes gigabytes: then the file is counted, not written."""
+    width, depth, experts, *_ = SIZES[size]
+    full = form.get("moe") and not form.get("ternary")
+    return bool(full) and depth * experts * 8 * width**2 * 4 > 2**31
+
+
+def make(size: str, form: dict[str, Any], device: str) -> tuple[nn.Module, int]:
+    """The model with random numbers, made where it computes; the bytes that its file would have."""
+    with torch.device(device):
+        model = build(size, form)
+    if form.get("nf4"):
+        to_nf4(model)
+        model.to(device)  # quantises
+    model.head.weight = model.embed.weight
+    tensors = {id(t): t for t in model.state_dict().values() if isinstance(t, Tensor)}
+    return model.eval(), sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def to_nf4(model: nn.Module) -> None:
@@ -85,12 +70,16 @@ def to_nf4(model: nn.Module) -> None:
         for module in list(block.mlp.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear) and name != "router":
-                    narrow = bnb.nn.Linear4bit(
-                        child.in_features, child.out_features, bias=child.bias is not None,
-                        compute_dtype=torch.bfloat16, quant_type="nf4",
-                    )  # fmt: skip
+                    with torch.device("meta"):
+                        narrow = bnb.nn.Linear4bit(
+                            child.in_features, child.out_features, bias=child.bias is not None,
+                            compute_dtype=torch.bfloat16, quant_type="nf4",
+                        )  # fmt: skip
+                    narrow.bias = child.bias
                     if not child.weight.is_meta:
-                        narrow.load_state_dict(child.state_dict())
+                        narrow.weight = bnb.nn.Params4bit(
+                            child.weight.data, requires_grad=False, quant_type="nf4", module=narrow
+                        )
                     setattr(module, name, narrow)
 
 
@@ -139,7 +128,11 @@ def read(size: str, form: dict[str, Any], path: Path, device: str) -> nn.Module:
         state = load_file(path, device=device)
     model.load_state_dict(state, strict=False, assign=True)
     model.head.weight = model.embed.weight
-    assert not any(p.is_meta for p in model.parameters()), "the file lacks a tensor"
+    if form.get("ternary") and device != "cpu":
+        for block in model.blocks:
+            block.mlp = widened(block.mlp, torch.bfloat16)
+        model.bfloat16()
+    assert not any(t.is_meta for t in model.state_dict().values()), "the file lacks a tensor"
     return model.eval()
 
 
