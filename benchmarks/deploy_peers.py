@@ -119,5 +119,3 @@ def widened(layer: TernaryMoE, dtype: torch.dtype) -> StandardRows:
             stack.data[number] = one.dense(dtype).T
     inner.router.weight = nn.Parameter(layer.router.weight.data.to(dtype), requires_grad=False)
     return wide
-
-

@@ -25,7 +25,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from examples.gpt import GPT  # noqa: E402
-from examples.text_data import TextData  # noqa: E402
 from lightning_bfmoe import export_onnx, load_packed, pack, swap_feed_forward  # noqa: E402
 from lightning_bfmoe.deploy.onnx_export.runner import OnnxModel  # noqa: E402
 from lightning_bfmoe.layers import set_blend, update_balance  # noqa: E402
@@ -111,6 +110,8 @@ def main():
     results = ROOT / "benchmarks" / "results" / "onnx_parity.json"
     parser.add_argument("--out", type=Path, default=results)
     options = parser.parse_args()
+    from examples.text_data import TextData  # a LightningDataModule: parity.py does without
+
     data = TextData(corpus=options.corpus, batch_size=8, context=SIZES["context"])
     model = train(data, options.steps)
     count = options.tokens // SIZES["context"]
