@@ -210,6 +210,7 @@ class Course:
             "d_ff": block.d_ff,
             "d_out": block.d_out,
             "gated": block.gated,
+            "correction_rank": self.config.correction_rank,
         }
         dense = Dense(
             up=block.up,

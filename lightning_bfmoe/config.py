@@ -74,9 +74,9 @@ class ButterflyMoEConfig:
     router_noise: float = 0.0
     """Standard deviation of the noise on the router's logits in training (logit units)."""
     correction_rank: int = 0
-    """Rank of a dense low-rank branch beside the experts, V (U x + c), which all tokens take (count).
+    """Rank of a dense low-rank branch beside the experts, V (U x + c), for all tokens (count).
 
-    0: none. A calibrated swap fits it to what the ternary layer misses; otherwise it starts at zero.
+    0: none. A calibrated swap fits it to what the ternary layer misses; else it starts at zero.
     Blocks that bring their own router have none."""
     seed: int = 0
     """Seed of the layers' own generator; the global generators never move."""

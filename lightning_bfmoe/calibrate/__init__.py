@@ -4,6 +4,7 @@ It works on (new layer, dense block, moments) and knows no swap; `lightning_bfmo
 joins the two.
 """
 
+from lightning_bfmoe.calibrate.correction import fit_correction_, low_rank_correction
 from lightning_bfmoe.calibrate.descend import descend_trits
 from lightning_bfmoe.calibrate.equalize import column_equalizer
 from lightning_bfmoe.calibrate.feed_forward import BlockFit, Dense, fit_inputs_, fit_output_
@@ -11,7 +12,7 @@ from lightning_bfmoe.calibrate.gptq import gptq_ternary
 from lightning_bfmoe.calibrate.matrix import MatrixChoice, Recipe
 from lightning_bfmoe.calibrate.moments import Moments
 from lightning_bfmoe.calibrate.orbit import place_orbit_
-from lightning_bfmoe.calibrate.refit import low_rank_correction, refit_output
+from lightning_bfmoe.calibrate.refit import refit_output
 from lightning_bfmoe.calibrate.report import CalibrationReport
 from lightning_bfmoe.calibrate.router import router_weight, spherical_centroids
 from lightning_bfmoe.calibrate.run import Job, calibrate_layers
@@ -29,6 +30,7 @@ __all__ = [
     "calibrate_layers",
     "column_equalizer",
     "descend_trits",
+    "fit_correction_",
     "fit_inputs_",
     "fit_output_",
     "gptq_ternary",

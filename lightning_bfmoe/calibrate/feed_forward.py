@@ -48,7 +48,8 @@ class BlockFit:
         held_tokens: Tokens that judged (count).
         choices: By role: up, gate, down.
         ridge: Of the refit; None when the trained output matrix was kept.
-        error: Held-out E|y - f(x)|^2 over the variance of y, for the mean expert.
+        error: Held-out E|y - f(x)|^2 over the variance of y, for the mean expert and its correction.
+        by_rank: That error with a correction of rank 0, 1, ...; empty without one.
         dead_units: Hidden units that never moved (count).
     """
 
@@ -58,6 +59,7 @@ class BlockFit:
     choices: dict[str, MatrixChoice] = field(default_factory=dict)
     ridge: float | None = None
     error: float = float("nan")
+    by_rank: list[float] = field(default_factory=list)
     dead_units: int = 0
 
 
@@ -111,7 +113,8 @@ def fit_output_(
     Args:
         layer: Changed in place; up and gate are set.
         dense: The block it replaces.
-        fit: Moments of `degraded_hidden` with the block's outputs as targets.
+        fit: Moments of `degraded_hidden` with the block's outputs as targets; what stands behind
+            the hidden units is not looked at.
         held: The same of held-out tokens.
         recipe: Settings.
 
@@ -119,6 +122,7 @@ def fit_output_(
         The choice, and the ridge of the refit (None when the trained matrix was kept).
     """
     down = experts_of(layer).down
+    fit, held = (m.head(dense.down.shape[1]) for m in (fit, held))
     has_bias = down.bias is not None
     wanted, ridge = dense.down.double(), None
     if recipe.refit:

@@ -97,6 +97,21 @@ class Moments:
         self.mean += delta * len(x) / total
         self.count = total
 
+    def head(self, d: int) -> "Moments":
+        """The moments of the first d coordinates, a view of these.
+
+        Example:
+            >>> moments = Moments(3, 1)
+            >>> moments.update(torch.eye(3), torch.ones(3, 1))
+            >>> moments.head(2).covariance().shape, moments.head(2).cross().shape
+            (torch.Size([2, 2]), torch.Size([1, 2]))
+        """
+        part = Moments(0, 0, name=self.name)
+        part.d, part.d_target, part.count = d, self.d_target, self.count
+        part.mean, part.target_mean = self.mean[:d], self.target_mean
+        part._sum, part._cross, part._target = self._sum[:d, :d], self._cross[:, :d], self._target
+        return part
+
     def covariance(self) -> Tensor:
         """C = E[(x - mean)(x - mean)^T], (d, d) in double."""
         return self._sum.double() / max(self.count, 1)

@@ -36,6 +36,7 @@ class CalibrationReport:
         caption = (
             f"{self.passes} passes over the data, {self.seconds:.0f} s\n"
             "errors: squared, relative, on held-out tokens; output: of the whole block, centred"
+            "; a > b: without and with its low-rank correction"
         )
         table = Table(title="Calibration", caption=caption, box=SIMPLE_HEAD)
         for name in ("block", "tokens", "up", "gate", "down", "ridge", "output"):
@@ -43,7 +44,10 @@ class CalibrationReport:
         for block in self.blocks:
             cells = [_choice(block, role) for role in ("up", "gate", "down")]
             ridge = "-" if block.ridge is None else f"{block.ridge:g}"
-            table.add_row(block.path, str(block.tokens), *cells, ridge, f"{block.error:.3f}")
+            error = f"{block.error:.3f}"
+            if block.by_rank:
+                error = f"{block.by_rank[0]:.3f} > {error}"
+            table.add_row(block.path, str(block.tokens), *cells, ridge, error)
         return table
 
     def __str__(self) -> str:

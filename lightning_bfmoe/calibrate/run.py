@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bfmoe.calibrate.batches import Batches
+from lightning_bfmoe.calibrate.correction import fit_correction_
 from lightning_bfmoe.calibrate.feed_forward import (
     BlockFit,
     Dense,
@@ -70,6 +71,11 @@ class _Work:
         )
         return fit, held
 
+    @property
+    def corrected(self) -> bool:
+        """Whether inputs are seen beside the hidden units, for a correction."""
+        return isinstance(self.layer, ButterflyMoE) and self.layer.correction is not None
+
     def watch_input(self, rows: Tensor, held: bool) -> None:
         self.pair[held].update(rows)
         room = _SAMPLE - sum(map(len, self.sample))
@@ -81,7 +87,10 @@ class _Work:
         for part in rows.split(2048):
             wanted = self.job.dense.function(part)  # under the model's own autocast, if any
             with torch.autocast(part.device.type, enabled=False):
-                self.pair[held].update(self.hidden(part), wanted)
+                seen = self.hidden(part)
+                if self.corrected:
+                    seen = torch.cat([seen, part.to(seen.dtype)], dim=1)
+                self.pair[held].update(seen, wanted)
 
     def fit_inputs(self) -> None:
         fit, held = self.pair
@@ -101,14 +110,20 @@ class _Work:
             )
         self.sample = []
         self.hidden = degraded_hidden(layer)
-        self.pair = self._moments(self.job.dense.up.shape[0], self.job.dense.down.shape[0])
+        units, d = self.job.dense.up.shape
+        beside = d if self.corrected else 0
+        self.pair = self._moments(units + beside, self.job.dense.down.shape[0])
 
     def fit_output(self) -> BlockFit:
         fit, held = self.pair
         assert self.layer is not None
         choice, ridge = fit_output_(self.layer, self.job.dense, fit, held, self.settings.recipe)
         self.report.choices["down"], self.report.ridge = choice, ridge
-        self.report.error, self.report.dead_units = choice.error, fit.dead()
+        self.report.error = choice.error
+        self.report.dead_units = fit.head(len(self.job.dense.up)).dead()
+        if isinstance(self.layer, ButterflyMoE) and self.layer.correction is not None:
+            self.report.by_rank = fit_correction_(self.layer, fit, held)
+            self.report.error = self.report.by_rank[-1]
         self.job.done(self.layer)
         return self.report
 

@@ -80,9 +80,10 @@ def moment_bytes(settings: Mapping[str, int]) -> int:
     Sums for the fit are double, for the judge float32.
 
     Args:
-        settings: Of the layer: d_model, d_ff, d_out, gated.
+        settings: Of the layer: d_model, d_ff, d_out, gated, correction_rank.
     """
     d, f, out = settings["d_model"], settings["d_ff"], settings["d_out"]
     matrices = 2 if settings["gated"] else 1
     latents = matrices * d * f + out * f
-    return 12 * (d * d + f * f + out * f) + 4 * (matrices * d * f + latents)
+    seen = f + (d if settings.get("correction_rank") else 0)
+    return 12 * (d * d + seen * seen + out * seen) + 4 * (matrices * d * f + latents)

@@ -11,8 +11,8 @@ Plain JSON inside the safetensors metadata (`docs/format.md` explains every fiel
      "init": {argument of the model's class: plain JSON},
      "example": null or {"inputs": [names of tensors], "output": name of a tensor}}
 
-Version 2 has no "correction", version 1 no "gains", "router", "init" and "example" either; they read
-as `_from_version_2` and `_from_version_1` say.
+Version 2 has no "correction", version 1 no "gains", "router", "init" and "example" either; they
+read as `_from_version_2` and `_from_version_1` say.
 """
 
 import json
@@ -39,8 +39,10 @@ from lightning_bfmoe.deploy.writer import tensor_bytes, write_container
 from lightning_bfmoe.errors import PackedFileError, SwapError
 from lightning_bfmoe.layers.surgery import ReplacementPlan, check_form
 
-PARTS = ("substrate", "scales", "angles", "gains", "router", "bias", "dense", "correction")
-PARTS += ("other", "example")
+PARTS = (
+    "substrate", "scales", "angles", "gains", "router", "bias", "dense", "correction", "other",
+    "example",
+)  # fmt: skip
 """What a tensor is for; `dense` is the fp32 projection of the preset `paper`, `other` the model."""
 NUMBERS = ("float16", "float32", "int8", "int4")
 """Encodings of the angles."""

@@ -56,10 +56,9 @@ def set_loss_scale(model: nn.Module, value: float) -> None:
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
-    """Role of each of our parameters by full name: angle, latent, gain, router, bias,
-    projection, correction.
+    """Role of each of our parameters by full name; parameters of other modules are left out.
 
-    Parameters of other modules are left out.
+    Roles: angle, latent, gain, router, bias, projection, correction.
     """
     roles: dict[str, str] = {}
     for path, layer in moe_layers(model):

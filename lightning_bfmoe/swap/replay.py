@@ -167,7 +167,7 @@ def _rebuild(
 
 def _row(layer: ButterflyMoE | ButterflyExperts) -> SwappedBlock:
     s, placement = layer.settings, layer.placement or {}
-    parameters, packed = layer_sizes({**LATER_SETTINGS, **s}, router=isinstance(layer, ButterflyMoE))
+    parameters, packed = layer_sizes(s, router=isinstance(layer, ButterflyMoE))
     return SwappedBlock(
         path=placement["path"],
         owner=placement["path"],

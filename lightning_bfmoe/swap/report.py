@@ -202,8 +202,8 @@ def layer_sizes(settings: dict[str, Any], router: bool) -> tuple[int, int]:
         router: Whether the layer has a router of its own.
 
     Returns:
-        Numbers that train, and bytes with trits at 1.6 bit, angles, gains and a correction's factors
-        in fp16, the rest fp32.
+        Numbers that train, and bytes with trits at 1.6 bit, angles, gains and the factors of a
+        correction in fp16, the rest fp32.
     """
     s, experts = settings, settings["num_experts"]
     shapes = [(s["d_ff"], s["d_model"])] * (2 if s["gated"] else 1)

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from lightning_bfmoe.calibrate import Moments, low_rank_correction, refit_output
+from lightning_bfmoe.calibrate import Moments, refit_output
 from lightning_bfmoe.calibrate.refit import RIDGES, best_bias, choose_refit
-from lightning_bfmoe.errors import CalibrationError
 
 
 @pytest.fixture
@@ -86,20 +85,3 @@ def test_held_out_rows_choose_the_ridge():
         for w in [refit_output(torch.zeros(4, 30), fit, r)]
     }
     assert ridge == min(errors, key=errors.get)
-
-
-@pytest.mark.parametrize("rank", [1, 3, 5])
-def test_the_correction_is_the_best_of_its_rank(rows, rank):
-    h, y = rows
-    weight = torch.randn(5, 12).double()
-    left, right = low_rank_correction(weight, moments_of(h, y), rank, ridge=0.0)
-    centred, miss = h - h.mean(0), (y - y.mean(0)) - (h - h.mean(0)) @ weight.T
-    fitted = centred @ torch.linalg.lstsq(centred, miss).solution
-    u, s, v = torch.linalg.svd(fitted, full_matrices=False)  # Eckart-Young on the fitted values
-    best = (u[:, :rank] * s[:rank]) @ v[:rank]
-    torch.testing.assert_close(centred @ (left @ right).T, best)
-
-
-def test_a_rank_out_of_range_is_refused(rows):
-    with pytest.raises(CalibrationError, match=r"lies in 1 to 5: got rank=6"):
-        low_rank_correction(torch.zeros(5, 12), moments_of(*rows), 6)
