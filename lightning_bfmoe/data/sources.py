@@ -1,4 +1,4 @@
-"""Where the texts are: an installed package, Python's own library, a path, or the Hub.
+"""Where the texts are: an installed package, Python's own library, or a path (`hub`: the Hub).
 
 Every function returns a `Source`: named documents, plus the words to say where they come from.
 """
@@ -11,7 +11,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_bfmoe.data.offline import hub_is_reachable, import_datasets, read_documents
+from lightning_bfmoe.data.offline import read_documents
 from lightning_bfmoe.errors import BFMoEError
 
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
@@ -99,28 +99,6 @@ def stdlib() -> Source:
     )
 
 
-def wikitext2() -> Source:
-    """WikiText-2 (raw) from the Hugging Face Hub, or from its local cache.
-
-    Raises:
-        BFMoEError: The Hub cannot be reached and the cache does not hold it. There is no fallback.
-    """
-    datasets = import_datasets()
-    name, config = "Salesforce/wikitext", "wikitext-2-raw-v1"
-    try:
-        splits = {
-            split: "".join(datasets.load_dataset(name, config, split=split)["text"])
-            for split in ("train", "validation")
-        }
-    except Exception as error:
-        raise BFMoEError(
-            f"the corpus 'wikitext2' is downloaded from the Hugging Face Hub ({name})",
-            got=f"{type(error).__name__}, Hub reachable: {hub_is_reachable()}",
-            fix="Connect, unset HF_HUB_OFFLINE, or take 'shakespeare' or 'stdlib' (offline).",
-        ) from error
-    return Source(splits, f"Hugging Face Hub, {name} / {config}", "CC-BY-SA-3.0", "validation")
-
-
 def local_path(path: str | Path) -> Source:
     """One text file, or every ``.txt`` and ``.md`` file below a folder.
 
@@ -130,7 +108,8 @@ def local_path(path: str | Path) -> Source:
     root = Path(path).expanduser()
     if not root.exists():
         raise BFMoEError(
-            "a corpus is one of 'shakespeare', 'stdlib', 'wikitext2' or an existing path",
+            "a corpus is one of 'shakespeare', 'stdlib', 'wikitext2', 'tinystories' "
+            "or an existing path",
             got=repr(str(path)),
             fix="Check the spelling, or give a text file or a folder of .txt and .md files.",
         )

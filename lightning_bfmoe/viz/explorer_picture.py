@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIGNED = ["#0b4a9e", "#5e96d6", "#ececec", "#ee9b4e", "#a84300"]
+LINE_MIDDLE = "#c0c4ca"  # a line needs more contrast to the page than a cell of a strip does
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def _heatmap(figure: "Figure", axes: "Axes", data: ExplorerData, at: Selection) 
     figure.colorbar(image, ax=axes, shrink=0.8)
     axes.set_xlabel("expert B")
     axes.set_ylabel("expert A")
-    axes.plot([at.b], [at.a], "s", mfc="none", mec="white", mew=1.5)
+    for color, width in (("black", 4), ("white", 1.5)):  # seen on every colour beneath
+        axes.plot([at.b], [at.a], "s", ms=9, mfc="none", mec=color, mew=width)
     error = f" ($D^2$ ± {found.standard_error:.3f})" if found.standard_error else ""
     axes.set_title(f"{MEASURES[at.measure]}\nmean {found.mean:.4f}{error}", fontsize=9)
 
@@ -135,7 +137,8 @@ def _butterfly(figure: "Figure", axes: "Axes", data: ExplorerData, at: Selection
     gap = gap - 2 * np.pi * np.round(gap / (2 * np.pi))
     shown = at.scale * {"a": angles[at.a], "b": angles[at.b], "gap": gap}[at.show]
     stages, limit = len(shown), max(float(np.abs(shown).max()), 1e-3)
-    colors = LinearSegmentedColormap.from_list("signed", SIGNED)
+    scale = SIGNED if d > 32 else [*SIGNED[:2], LINE_MIDDLE, *SIGNED[3:]]
+    colors = LinearSegmentedColormap.from_list("signed", scale)
     norm = Normalize(-limit, limit)
     first, second = (pairs.numpy() for pairs in stage_pairs(d, stages))
     if d <= 32:

@@ -164,7 +164,8 @@ class MemoryPlannerBase(ipywidgets.VBox):
             times = "" if row == len(sizes) - 1 else f"   {size / sizes[-1]:.1f}x ours"
             axes.annotate(
                 self._human(size) + times, (size, row), (4, 0), textcoords="offset points",
-                va="center", fontsize=8,
+                va="center", fontsize=8, zorder=3,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             )  # fmt: skip
         ram = self._devices[settings["device"]]
         axes.axvline(ram, color=PALETTE[1], ls="--")

@@ -23,7 +23,7 @@ def browser():
             profile, executable_path=find_browser(), headless=True, args=FLAGS,
             viewport={"width": 1280, "height": 900},
         )  # fmt: skip
-        context.set_default_timeout(45_000)
+        context.set_default_timeout(90_000)
         yield context
         context.close()
 

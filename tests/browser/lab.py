@@ -96,7 +96,7 @@ def run_lab(root: Path, own: Path, theme: str = "JupyterLab Light") -> Iterator[
     names = ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR")
     environment = os.environ | {f"JUPYTER_{name}": str(own / name.lower()) for name in names}
     environment |= {"JUPYTERLAB_SETTINGS_DIR": str(own / "lab"), "IPYTHONDIR": str(own / "ipython")}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "BFMOE_QUICK": "1"}
     with (own / "log.txt").open("w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1",

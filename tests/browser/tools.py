@@ -84,10 +84,11 @@ def install_debians() -> str:
 
 def download_playwrights() -> str:
     """The browser that playwright's makers built; as root, also the libraries that it needs."""
-    deps = ["--with-deps"] if os.geteuid() == 0 and shutil.which("apt-get") else []
+    if os.geteuid() == 0 and shutil.which("apt-get"):  # in vain where all of them are there
+        attempt("libraries", [sys.executable, "-m", "playwright", "install-deps", "chromium"], 120)
     return attempt(
         "playwright install chromium",
-        [sys.executable, "-m", "playwright", "install", *deps, "chromium"],
+        [sys.executable, "-m", "playwright", "install", "chromium"],
         SECONDS["download"],
     )
 

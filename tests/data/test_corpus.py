@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lightning_bfmoe.data import load_corpus, offline, sources, split_documents
+from lightning_bfmoe.data import hub, load_corpus, offline, split_documents
 from lightning_bfmoe.data.sources import plain_play
 from lightning_bfmoe.errors import BFMoEError
 
@@ -93,7 +93,7 @@ def test_missing_package_says_how_to_go_on(monkeypatch):
 
 
 def test_unknown_name_lists_the_names():
-    with pytest.raises(BFMoEError, match=r"'shakespeare', 'stdlib', 'wikitext2' or an existing"):
+    with pytest.raises(BFMoEError, match=r"'shakespeare', 'stdlib', 'wikitext2', 'tinystories' or"):
         load_corpus("shakspeare")
 
 
@@ -105,29 +105,86 @@ def test_empty_file_and_empty_folder_are_errors(tmp_path):
         load_corpus(tmp_path)
 
 
-def test_wikitext_does_not_fall_back(monkeypatch):
-    class Offline:
-        @staticmethod
-        def load_dataset(*args, **kwargs):
-            raise ConnectionError("no route")
+class Hub:
+    """Stands for `datasets`, online: rows of text, and a record of what was asked."""
 
-    monkeypatch.setattr(sources, "import_datasets", lambda: Offline)
-    monkeypatch.setattr(sources, "hub_is_reachable", lambda: False)
-    with pytest.raises(BFMoEError, match=r"Hub reachable: False.*'stdlib'"):
-        load_corpus("wikitext2")
+    def __init__(self):
+        self.asked, self.taken = [], 0
 
-
-def test_wikitext_keeps_its_own_validation_split(monkeypatch):
-    class Hub:
-        @staticmethod
-        def load_dataset(name, config, split):
+    def load_dataset(self, name, config=None, *, split, streaming=False):
+        self.asked.append((name, config, split, streaming))
+        if not streaming:
             return {"text": [f"{split} {index}\n" for index in range(100)]}
+        return self._stream(split)
 
-    monkeypatch.setattr(sources, "import_datasets", lambda: Hub)
-    corpus = load_corpus("wikitext2", tuning_fraction=0.1)
+    def _stream(self, split):
+        while True:  # 2 GB, as far as we are concerned
+            self.taken += 1
+            yield {"text": f" {split} story {self.taken}. "}
+
+
+class Unreachable:
+    @staticmethod
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("no route")
+
+
+@pytest.fixture
+def online(monkeypatch):
+    fake = Hub()
+    monkeypatch.setattr(hub, "import_datasets", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    monkeypatch.setattr(hub, "import_datasets", lambda: Unreachable)
+    monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "tinystories"])
+def test_a_corpus_of_the_hub_is_an_error_without_the_hub(unreachable, name):
+    with pytest.raises(BFMoEError, match=rf"'{name}'.*Hub reachable: False.*'stdlib'"):
+        load_corpus(name)
+
+
+def test_a_fallback_is_taken_aloud(unreachable, folder):
+    words = f"tinystories cannot be had .*ConnectionError.*; reading {folder} instead"
+    with pytest.warns(UserWarning, match=words):
+        corpus = load_corpus("tinystories", fallback=str(folder))
+    plain = load_corpus(folder)
+    assert corpus.describe() == f"{corpus.note}\n{plain.describe()}" and not plain.note
+    assert (corpus.name, corpus.sha256) == (str(folder), plain.sha256)
+
+
+def test_a_local_fallback_is_one_that_is_here(unreachable, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="reading stdlib instead"):
+        assert load_corpus("wikitext2", fallback="local").name == "stdlib"
+
+
+def test_a_fallback_hides_no_error_of_yours(tmp_path):
+    with pytest.raises(BFMoEError, match="or an existing path"):
+        load_corpus(tmp_path / "missing", fallback="stdlib")
+
+
+def test_wikitext_keeps_its_own_validation_split(online):
+    corpus = load_corpus("wikitext2", tuning_fraction=0.1, fallback="stdlib")
     assert corpus.validation.startswith("validation 0") and corpus.held_out == ("validation",)
     assert "validation" not in corpus.train + corpus.tuning
     assert corpus.tuning.startswith("train")
+    assert online.asked[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", False)
+    assert corpus.note == "" and corpus.describe().startswith("wikitext2: Hugging Face Hub")
+
+
+def test_tinystories_streams_only_what_it_reads(online, monkeypatch):
+    monkeypatch.setattr(hub, "STORIES", {"train": 30, "validation": 4})
+    corpus = load_corpus("tinystories")
+    assert [asked[0] for asked in online.asked] == ["roneneldan/TinyStories"] * 2
+    assert all(streaming for *_, streaming in online.asked) and online.taken == 34
+    assert corpus.train.count("train story") == 30 and "validation" not in corpus.train
+    assert corpus.validation.split("\n\n")[0] == "validation story 31."
+    assert corpus.licence == "CDLA-Sharing-1.0"
 
 
 @pytest.mark.parametrize("fractions", [(0.0,), (1.0,), (0.6, 0.5), (-0.1,)])

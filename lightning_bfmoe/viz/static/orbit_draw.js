@@ -189,7 +189,10 @@ export function drawButterfly(canvas, { angles, d, stages, S, pairsOf, limit }) 
   const page = openCanvas(canvas), { g } = page, pairs = d >> 1;
   const left = 42, right = 54, top = 22, bottom = 8;
   const width = page.width - left - right, height = page.height - top - bottom;
-  const table = pairsOf(d, S), color = (angle) => signed(angle / limit, page.middle);
+  // a line needs more contrast to the page than a cell of a strip does
+  const lines = page.dark ? [104, 108, 114] : [192, 196, 202];
+  const middle = d <= 32 ? lines : page.middle;
+  const table = pairsOf(d, S), color = (angle) => signed(angle / limit, middle);
   let cellOf;
   if (d <= 32) {
     const x = (s) => left + (width * s) / S, y = (i) => top + ((i + 0.5) * height) / d;
@@ -254,7 +257,7 @@ export function drawButterfly(canvas, { angles, d, stages, S, pairsOf, limit }) 
   }
   text(page, "stage", left - 4, top - 9, { align: "right" });
   const at = left + width + 10;
-  bar(page, at, top, height, 10, true, (t) => signed(2 * t - 1, page.middle));
+  bar(page, at, top, height, 10, true, (t) => signed(2 * t - 1, middle));
   for (const t of [0, 0.5, 1]) {
     const value = short((2 * t - 1) * limit);
     text(page, value, at + 14, top + height * (1 - t) + (t ? (t < 1 ? 0 : 5) : -5));
