@@ -14,7 +14,7 @@ from lightning_bfmoe.functional.codes import (
 from lightning_bfmoe.functional.routing import ExpertGroups
 from lightning_bfmoe.kernels import rotate
 from lightning_bfmoe.layers.rotation import each_alone, is_few
-from lightning_bfmoe.layers.substrate import trace
+from lightning_bfmoe.layers.substrate import is_exporting, trace
 
 
 class CodedNumbers(nn.Module):
@@ -78,10 +78,16 @@ class CodedNumbers(nn.Module):
         """The numbers, float32."""
         return self._decoded()
 
-    @torch.compiler.disable
     def _decoded(self) -> Tensor:
-        if not self.keeps:
+        if not self.keeps or is_exporting():
             return self._decode(self.codes, self.scales)
+        if torch.compiler.is_dynamo_compiling():
+            from lightning_bfmoe.layers.eager import call_eagerly
+
+            return call_eagerly(self._kept)
+        return self._kept()
+
+    def _kept(self) -> Tensor:
         key = (*trace(self.codes), *trace(self.scales))
         if self._cache is None or self._cache[0] != key:
             with torch.inference_mode(False):  # an inference tensor could not be used in training

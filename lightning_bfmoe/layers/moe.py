@@ -14,6 +14,7 @@ from lightning_bfmoe.layers.experts import ButterflyExperts, experts_arguments
 from lightning_bfmoe.layers.precision import KeepsFloat32
 from lightning_bfmoe.layers.router import Routing, TopKRouter
 from lightning_bfmoe.layers.state import RemembersSettings
+from lightning_bfmoe.layers.substrate import is_exporting
 
 
 class ButterflyMoE(RemembersSettings, KeepsFloat32):
@@ -112,7 +113,8 @@ class ButterflyMoE(RemembersSettings, KeepsFloat32):
             )
         tokens = x.reshape(-1, self.d_model)  # (tokens, d_model)
         routing = self.router(tokens)
-        self.last_routing = routing.detach()
+        if not is_exporting():  # a traced tensor holds no numbers
+            self.last_routing = routing.detach()
         y = self.experts(tokens, routing.experts, routing.weights)  # (tokens, d_out)
         if self.correction is not None:
             y = y + self.correction(tokens)

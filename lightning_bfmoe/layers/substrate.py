@@ -175,11 +175,17 @@ class PackedSubstrate(nn.Module):
         if not value:
             self._cache = None
 
-    @torch.compiler.disable
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix diag(alpha) T in `dtype`."""
-        if not self.keeps:
+        """The matrix diag(alpha) T in `dtype`; in an exported graph it is unpacked at every use."""
+        if not self.keeps or is_exporting():
             return self._unpacked(dtype)
+        if torch.compiler.is_dynamo_compiling():
+            from lightning_bfmoe.layers.eager import call_eagerly
+
+            return call_eagerly(self._kept, dtype)
+        return self._kept(dtype)
+
+    def _kept(self, dtype: torch.dtype) -> Tensor:
         key = (dtype, *trace(self.packed), *trace(self.alpha))
         if self._cache is None or self._cache[0] != key:
             with torch.inference_mode(False):  # an inference tensor could not be reused in training
@@ -194,7 +200,10 @@ class PackedSubstrate(nn.Module):
 
     def _unpacked(self, dtype: torch.dtype) -> Tensor:
         """The matrix from bytes that have been checked: nothing here waits for a GPU."""
-        table = _digits(self.bits, dtype, self.packed.device)
+        # what is made while a graph is traced is no tensor to keep
+        table = (_digits if torch.compiler.is_compiling() else _kept_digits)(
+            self.bits, dtype, self.packed.device
+        )
         trits = nn.functional.embedding(self.packed.int(), table)  # (bytes, trits of a byte)
         weight = trits.reshape(-1)[: self.d_out * self.d_in].reshape(self.d_out, self.d_in)
         return weight.mul_(self.alpha)
@@ -227,10 +236,19 @@ def trace(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
-@functools.lru_cache(maxsize=16)
+def is_exporting() -> bool:
+    """Whether torch.export traces, where tensors have no addresses and no numbers."""
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def _digits(bits: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The trits of every byte, (256, trits of a byte)."""
     per_byte, base = (5, 3) if bits == "1.6" else (4, 4)
     value = torch.arange(256, device=device).unsqueeze(1)
     digit = value // base ** torch.arange(per_byte, device=device) % base
     return (digit - 1).to(dtype)
+
+
+_kept_digits = functools.lru_cache(maxsize=16)(_digits)
