@@ -37,6 +37,7 @@ from lightning_bfmoe.functional.routing import (
     expert_load,
     group_by_expert,
     route_top_k,
+    slot_rows,
     switch_loss,
     z_loss,
 )
@@ -85,6 +86,7 @@ __all__ = [
     "round_rows",
     "route_top_k",
     "stage_pairs",
+    "slot_rows",
     "switch_loss",
     "tail_share",
     "ternarize",

@@ -136,6 +136,8 @@ class ExpertGroups(NamedTuple):
     order: Int[Tensor, " rows"]
     expert: Int[Tensor, " rows"]  # expert id of each sorted row, ascending
     counts: Int[Tensor, " experts"]
+    back: Int[Tensor, " rows"] | None = None
+    """The inverse of the order: slot s stands in row ``back[s]``. None: see `slot_rows`."""
 
     @property
     def num_experts(self) -> int:
@@ -155,6 +157,19 @@ def group_by_expert(experts: Int[Tensor, "tokens k"], num_experts: int) -> Exper
     return ExpertGroups(order, sorted_experts, expert_load(experts, num_experts))
 
 
+def slot_rows(groups: ExpertGroups) -> Int[Tensor, " rows"]:
+    """The row of each slot: the inverse of the groups' order.
+
+    Example:
+        >>> slot_rows(group_by_expert(torch.tensor([[1, 0], [0, 1]]), 2)).tolist()
+        [2, 0, 1, 3]
+    """
+    if groups.back is not None:
+        return groups.back
+    rows = torch.arange(groups.order.shape[0], device=groups.order.device)
+    return torch.empty_like(groups.order).scatter_(0, groups.order, rows)
+
+
 def dispatch(x: Float[Tensor, "tokens d"], groups: ExpertGroups, k: int) -> Float[Tensor, "rows d"]:
     """Copy each token to its k rows, in the groups' order."""
     return x.index_select(0, groups.order // k)
@@ -165,7 +180,7 @@ def combine(
 ) -> Float[Tensor, "tokens d"]:
     """Bring the rows back to their tokens and add them up with the routing weights."""
     tokens, k = weights.shape
-    back = torch.empty_like(groups.order)
-    back[groups.order] = torch.arange(tokens * k, device=rows.device)
-    slots = rows.index_select(0, back).reshape(tokens, k, rows.shape[1])  # (tokens, k, d)
+    slots = rows.index_select(0, slot_rows(groups)).reshape(
+        tokens, k, rows.shape[1]
+    )  # (tokens, k, d)
     return torch.einsum("tk,tkd->td", weights.to(rows.dtype), slots)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_bfmoe.errors import ConfigError, ShapeError
 
-_EPS = 1e-5  # floor of the absmean scale, as in BitNet b1.58
+ABSMEAN_FLOOR = 1e-5  # the least absmean scale, as in BitNet b1.58
 
 
 def ternarize(
@@ -72,7 +72,7 @@ def ternarize(
 
 def absmean_scale(rows: Float[Tensor, "rows n"]) -> Float[Tensor, "rows one"]:
     """The scale mean|w| of each row, with BitNet's floor."""
-    return rows.abs().mean(dim=1, keepdim=True).clamp(min=_EPS)
+    return rows.abs().mean(dim=1, keepdim=True).clamp(min=ABSMEAN_FLOOR)
 
 
 def _least_squares(magnitude: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from lightning_bfmoe.kernels.combine import combine
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, describe, kernels, register, use_kernel
+from lightning_bfmoe.kernels.dispatch_rows import dispatch_rows, group_by_expert
 from lightning_bfmoe.kernels.linear import PackedLinear, packed_linear
 from lightning_bfmoe.kernels.quantize import blend_to_ternary
 from lightning_bfmoe.kernels.rotation import rotate
@@ -14,6 +15,8 @@ __all__ = [
     "choose",
     "combine",
     "describe",
+    "dispatch_rows",
+    "group_by_expert",
     "kernels",
     "packed_linear",
     "register",

@@ -1,4 +1,4 @@
-"""The op "add up the rows of each token's experts": the definition, or fused on the CPU."""
+"""The op "add up the rows of each token's experts": the definition, or fused."""
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from lightning_bfmoe.functional.routing import ExpertGroups
 from lightning_bfmoe.functional.routing import combine as combine_reference
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, register
 from lightning_bfmoe.kernels.library import library, missing_cpu
+from lightning_bfmoe.kernels.rows_cuda import combine_cuda, missing_triton, suits_combine
 
 
 def combine(rows: Tensor, weights: Tensor, groups: ExpertGroups) -> Tensor:
@@ -133,5 +134,15 @@ register(
         suits_cpu,
         "compiled, one walk over the rows; CPU, float32",
         missing=missing_cpu,
+    )
+)
+register(
+    Kernel(
+        "combine",
+        "triton",
+        combine_cuda,
+        suits_combine,
+        "one launch, and one for both gradients; CUDA with triton, not double",
+        missing=missing_triton,
     )
 )

@@ -72,7 +72,7 @@ rotation_backward = torch.ops.bfmoe.rotate_cuda_backward.default
 _DEVICES = ("CUDA", "CPU")
 
 
-def _on_device(function: Callable) -> Callable:
+def on_device(function: Callable) -> Callable:
     """Launch on the device of the first argument, which need not be the current one."""
 
     @functools.wraps(function)
@@ -86,7 +86,7 @@ def _on_device(function: Callable) -> Callable:
 
 
 @torch.library.impl("bfmoe::rotate_cuda", _DEVICES)
-@_on_device
+@on_device
 def _rotation(x: Tensor, angles: Tensor, counts: Tensor, inverse: bool) -> Tensor:
     x, angles, counts = x.contiguous(), angles.contiguous(), counts.contiguous()
     (rows, width), (experts, stages, _) = x.shape, angles.shape
@@ -122,7 +122,7 @@ def _(x: Tensor, angles: Tensor, counts: Tensor, inverse: bool) -> Tensor:
 
 
 @torch.library.impl("bfmoe::rotate_cuda_backward", _DEVICES)
-@_on_device
+@on_device
 def _rotation_backward(
     y: Tensor, grad: Tensor, angles: Tensor, counts: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor]:

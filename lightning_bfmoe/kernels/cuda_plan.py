@@ -131,7 +131,7 @@ class Call:
     """
 
     def __init__(self, kernel: Any, constants: dict, **options: Any) -> None:
-        self.kernel, self.options = kernel, {**options, "enable_fp_fusion": True}
+        self.kernel, self.options = kernel, {"enable_fp_fusion": True, **options}
         self.constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         self.values = tuple(self.constants.values())
         self.compiled: Any = None  # stays None under the interpreter

@@ -1,4 +1,4 @@
-"""The op "blend a latent matrix towards its ternary form": the definition, or fused on the CPU."""
+"""The op "blend a latent matrix towards its ternary form": the definition, or fused."""
 
 import torch
 from torch import Tensor
@@ -6,12 +6,21 @@ from torch import Tensor
 from lightning_bfmoe.functional.ternary import absmean_scale, quantize_ternary
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, register
 from lightning_bfmoe.kernels.library import library, missing_cpu
+from lightning_bfmoe.kernels.quantize_cuda import quantize_cuda, suits_quantize
+from lightning_bfmoe.kernels.rows_cuda import missing_triton
 
 
 def blend_to_ternary(
-    weight: Tensor, blend: Tensor, scale: str = "lstsq", granularity: str = "row"
+    weight: Tensor,
+    blend: Tensor,
+    scale: str = "lstsq",
+    granularity: str = "row",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`functional.quantize_ternary`, by the fastest kernel; all give the same numbers, bit by bit.
+    """`functional.quantize_ternary` in `dtype`, by the fastest kernel.
+
+    The CPU's gives the same numbers bit by bit. On CUDA a row is summed in another order, so its
+    scale may differ in the last bits, and with it a trit whose |w| lies that near to alpha / 2.
 
     Example:
         >>> w = torch.tensor([[1.0, -0.9, 0.05]])
@@ -23,20 +32,32 @@ def blend_to_ternary(
         blend: Lambda, 0-d float32.
         scale: See `functional.ternarize`.
         granularity: See `functional.ternarize`.
+        dtype: Of the result, rounded once; that of `weight` when None.
 
     Returns:
-        The blended weight, same shape and dtype, with a straight-through gradient.
+        The blended weight, same shape, with a straight-through gradient.
     """
-    kernel = choose("quantize", weight, blend, scale, granularity)
-    return kernel.run(weight, blend, scale, granularity)
+    arguments = weight, blend, scale, granularity, dtype or weight.dtype
+    return choose("quantize", *arguments).run(*arguments)
 
 
-def quantize_cpu(weight: Tensor, blend: Tensor, scale: str, granularity: str) -> Tensor:
+def quantize_reference(
+    weight: Tensor, blend: Tensor, scale: str, granularity: str, dtype: torch.dtype
+) -> Tensor:
+    """The definition, pass by pass."""
+    return quantize_ternary(weight, blend, scale, granularity).to(dtype)
+
+
+def quantize_cpu(
+    weight: Tensor, blend: Tensor, scale: str, granularity: str, dtype: torch.dtype
+) -> Tensor:
     """One or two walks over each row in the compiled library; NumPy sorts, PyTorch averages."""
-    return blended(weight, blend, scale, granularity == "row")
+    return blended(weight, blend, scale, granularity == "row").to(dtype)
 
 
-def suits_cpu(weight: Tensor, blend: Tensor, scale: str, granularity: str) -> bool:
+def suits_cpu(
+    weight: Tensor, blend: Tensor, scale: str, granularity: str, dtype: torch.dtype
+) -> bool:
     """A float32 matrix on the CPU."""
     return (
         weight.device.type == "cpu"
@@ -86,7 +107,7 @@ register(
     Kernel(
         "quantize",
         "reference",
-        quantize_ternary,
+        quantize_reference,
         lambda *_: True,
         "pass by pass in PyTorch; any device, dtype and scale",
     )
@@ -99,5 +120,15 @@ register(
         suits_cpu,
         "compiled, the same numbers bit by bit; CPU, float32",
         missing=missing_cpu,
+    )
+)
+register(
+    Kernel(
+        "quantize",
+        "triton",
+        quantize_cuda,
+        suits_quantize,
+        "fused, rounded to the product's dtype at once; CUDA with triton, float32 latents",
+        missing=missing_triton,
     )
 )

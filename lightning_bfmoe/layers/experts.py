@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import ConfigError, ShapeError
-from lightning_bfmoe.functional.routing import dispatch, group_by_expert
-from lightning_bfmoe.kernels import combine
+from lightning_bfmoe.kernels import combine, dispatch_rows, group_by_expert
 from lightning_bfmoe.layers.activation import Activation
 from lightning_bfmoe.layers.linear import ButterflyLinear
 from lightning_bfmoe.layers.one_expert import OneExpert
@@ -131,7 +130,7 @@ class ButterflyExperts(RemembersSettings, KeepsFloat32):
                 fix="Flatten the leading axes first.",
             )
         groups = group_by_expert(experts, self.num_experts)
-        rows = dispatch(x, groups, experts.shape[1])  # (rows, d_model)
+        rows = dispatch_rows(x, groups, experts.shape[1])  # (rows, d_model)
         if self.gate is None:
             hidden = self.activation(self.up(rows, groups))  # (rows, d_ff)
         else:

@@ -76,12 +76,17 @@ class Substrate(KeepsFloat32):
         Quantised anew at every call: a write through `.data` or by a fused optimizer leaves no
         trace that a cache could see. A packed substrate, which nobody trains, keeps its matrix.
         """
-        weight = blend_to_ternary(self.latent, self._blend, self.scale, self.granularity)
-        return weight.to(dtype)
+        return blend_to_ternary(self.latent, self._blend, self.scale, self.granularity, dtype)
 
     def linear(self, x: Tensor) -> Tensor:
-        """Rows (rows, d_in) times the effective matrix, (rows, d_out) in the dtype of `x`."""
-        return nn.functional.linear(x, self.weight(x.dtype))
+        """Rows (rows, d_in) times the effective matrix, (rows, d_out) in the dtype of `x`.
+
+        Under autocast in autocast's dtype: the weight is made in it, not cast to it afterwards.
+        """
+        dtype, kind = x.dtype, x.device.type
+        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        return nn.functional.linear(x, self.weight(dtype))
 
     def ternary(self) -> tuple[Tensor, Tensor]:
         """Trits (int8) and scales, as a packed layer would hold them.

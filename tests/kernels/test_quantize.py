@@ -54,10 +54,10 @@ def test_opcheck_threads_and_strided_weights():
 
 def test_which_kernel_runs():
     weight, blend = torch.randn(4, 6), torch.tensor(0.5)
-    assert choose("quantize", weight, blend, "lstsq", "row").name == "cpu"
-    for other in ((weight.double(), blend, "lstsq", "row"),
-                  (weight.to("meta"), blend, "lstsq", "row")):  # fmt: skip
-        assert choose("quantize", *other).name == "reference"
+    rest = blend, "lstsq", "row", torch.float32
+    assert choose("quantize", weight, *rest).name == "cpu"
+    for other in (weight.double(), weight.to("meta")):
+        assert choose("quantize", other, *rest).name == "reference"
     substrate = Substrate(6, 4)
     with use_kernel("quantize", "reference"):
         before = substrate.weight()

@@ -1,0 +1,157 @@
+"""The ternary blend in Triton: on a GPU, and without one under the interpreter.
+
+As in `test_rows_cuda.py` the checks take a device.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lightning_bfmoe.functional import quantize_ternary, ternarize
+from lightning_bfmoe.kernels import blend_to_ternary, choose, quantize_cuda, use_kernel
+from lightning_bfmoe.layers import Substrate
+from tests.kernels.test_rows_cuda import DTYPES, ROOT, with_triton
+
+SHAPES = [(7, 5), (3, 100), (1, 1), (2, 9000)]
+LARGE = [(2048, 512), (513, 2048), (300, 8192), (1000, 768), (64, 20000)]
+KINDS = "absmean-row", "absmean-tensor", "lstsq-row"
+BLENDS = 0.0, 0.3, 1.0
+
+
+def check_blend(device, shape, kind, dtype=torch.float32, blends=BLENDS):
+    """Equal to the definition but for the order in which a scale is summed."""
+    scale, granularity = kind.split("-")
+    weight = torch.randn(shape, device=device) * torch.rand(shape[0], 1, device=device)
+    weight[0] = 0.0  # the floor of absmean
+    weight.requires_grad_()
+    trits, alpha = ternarize(weight, scale, granularity)
+    for blend in blends:
+        blend = torch.tensor(blend, device=device)
+        ours = quantize_cuda.quantize_cuda(weight, blend, scale, granularity, dtype)
+        true = quantize_ternary(weight, blend, scale, granularity)
+        assert ours.dtype == dtype and ours.shape == true.shape
+        if blend == 0:
+            assert torch.equal(ours, weight.to(dtype))
+        edge = torch.zeros_like(trits, dtype=torch.bool)
+        if blend == 1:
+            # A trit may differ where |w| / alpha is a rounding from 1/2, or where two numbers
+            # of kept and dropped magnitudes gain the same (least squares).
+            differ = (ours.sign() != trits) & (alpha > 0)
+            edge = differ & ((weight.abs() / alpha - 0.5).abs() < 1e-6)
+            assert torch.equal(differ, edge)
+        step = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 2e-6
+        limit = step * torch.maximum(weight.abs(), alpha)
+        assert ((ours - true).abs() <= limit).logical_or(edge).all()
+        upstream = torch.randn_like(ours)
+        (grad,) = torch.autograd.grad(ours, weight, upstream)
+        assert grad.dtype == torch.float32 and torch.equal(grad, upstream.float())
+
+
+def check_not_finite(device):
+    """NaN spoils its row (or matrix) and no other; infinity shows too."""
+    one = torch.tensor(1.0, device=device)
+    for kind, bad in itertools.product(KINDS, (float("nan"), float("inf"))):
+        scale, granularity = kind.split("-")
+        weight = torch.randn(4, 9, device=device)
+        weight[1, 2] = bad
+        ours = quantize_cuda.quantize_cuda(weight, one, scale, granularity, torch.float32)
+        true = quantize_ternary(weight, one, scale, granularity)
+        assert torch.equal(ours.isfinite(), true.isfinite())
+        assert torch.equal(ours.isnan(), true.isnan())
+
+
+def check_opaque(device, backend):
+    weight, blend = torch.randn(16, 4, device=device).t(), torch.tensor(0.5, device=device)
+    for kind in KINDS:
+        scale, granularity = kind.split("-")
+        arguments = weight, blend, scale, granularity == "row", torch.bfloat16
+        torch.library.opcheck(
+            quantize_cuda.blended, (weight.clone().requires_grad_(), *arguments[1:])
+        )
+        found = quantize_cuda.blended(*arguments).float()
+        true = quantize_ternary(weight, blend, scale, granularity)
+        assert (found - true).abs().max() < 0.02
+    leaf = weight.clone().requires_grad_()
+
+    def step(weight, blend):
+        return quantize_cuda.quantize_cuda(weight, blend, "absmean", "row", torch.float32).tanh()
+
+    fast = torch.compile(step, fullgraph=True, backend=backend)
+    outs = step(leaf, blend), fast(leaf, blend)
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), leaf) for y in outs))
+    first = torch.autograd.grad(step(leaf, blend).sum(), leaf, create_graph=True)[0]
+    assert torch.autograd.grad(first.sum(), leaf)[0].isfinite().all()
+
+
+def check_interpreted():
+    """All of the above that an interpreter can run; it sorts slowly."""
+    from tests.conftest import pytest_configure
+
+    pytest_configure(None)
+    for shape, kind in itertools.product(SHAPES, KINDS):
+        if kind != "lstsq-row" or shape[1] < 10:
+            check_blend("cpu", shape, kind)
+    check_blend("cpu", (3, 70), "absmean-row", torch.float16)
+    check_blend("cpu", (2, 70), "lstsq-row", blends=(1.0,))
+    check_not_finite("cpu")
+    check_opaque("cpu", "aot_eager")
+
+
+@with_triton
+def test_interpreted():
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {__name__} as here; here.check_interpreted()"],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
+def test_values_and_gradients_on_a_gpu(shape, kind, dtype):
+    if kind == "lstsq-row" and shape[1] > quantize_cuda.MAX_SORTED:
+        weight = torch.zeros(shape, device="cuda")
+        chosen = choose("quantize", weight, weight.sum(), "lstsq", "row", dtype)
+        assert chosen.name == "reference"
+        return
+    check_blend("cuda", shape, kind, dtype)
+
+
+@pytest.mark.gpu
+def test_the_rest_on_a_gpu():
+    check_not_finite("cuda")
+    check_opaque("cuda", "inductor")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", ["absmean", "lstsq"])
+def test_a_substrate_under_autocast_on_a_gpu(scale):
+    substrate, x = Substrate(96, 80, scale=scale, device="cuda"), torch.randn(9, 96, device="cuda")
+    found = []
+    for name in ("triton", "reference"):
+        with use_kernel("quantize", name), torch.autocast("cuda", dtype=torch.bfloat16):
+            y = substrate.linear(x)
+        assert y.dtype == torch.bfloat16
+        found.append((y, *torch.autograd.grad(y.float().sin().sum(), substrate.latent)))
+    torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)
+
+
+def test_autocast_makes_the_weight_in_its_dtype():
+    substrate, x = Substrate(6, 8), torch.randn(3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = substrate.linear(x)
+        assert substrate.linear(x.double()).dtype == torch.float64
+    assert y.dtype == torch.bfloat16
+    (grad,) = torch.autograd.grad(y.sum(), substrate.latent)
+    assert grad.dtype == torch.float32
+    assert torch.equal(y, x.bfloat16() @ substrate.weight(torch.bfloat16).t())
+    weight = blend_to_ternary(substrate.latent, substrate.blend, dtype=torch.float16)
+    assert torch.equal(weight, substrate.weight().half())
