@@ -91,16 +91,16 @@ def _blended(weight: Tensor, blend: Tensor, scale: str, by_row: bool, dtype: tor
     d_out, d_in = weight.shape
     plan = _plan(d_out, d_in, scale, by_row, weight.device, blend.dtype, dtype)
     tensors: tuple[Tensor, ...] = weight, blend, out
-    grid, numbers = (-(-d_out // plan.rows), 1, 1), (d_out,)
+    grid, numbers = (-(-d_out // plan.rows), 1, 1), [d_out]
     if scale == "lstsq":
-        grid, numbers = (d_out, 1, 1), ()
+        grid, numbers = (d_out, 1, 1), []
     elif not by_row:
         parts = weight.new_empty(plan.parts)
         pair = weight, parts
         addresses = tuple(t.data_ptr() for t in pair)
         plan.sum((plan.parts, 1, 1), addresses, lambda: pair)
         tensors = weight, parts, blend, out
-        grid, numbers = (-(-weight.numel() // plan.block), 1, 1), (plan.parts,)
+        grid, numbers = (-(-weight.numel() // plan.block), 1, 1), [plan.parts]
     plan.run(grid, tuple(t.data_ptr() for t in tensors), lambda: tensors, *numbers)
     return out
 
