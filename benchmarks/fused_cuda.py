@@ -5,7 +5,7 @@
 Grouping, dispatch, combine and the ternary blend, forward and backward, each against its definition
 in plain PyTorch (first the numbers, then the times). The ideal is the bytes that must be read and
 written once, at the rate of a large device copy. Times are medians of CUDA-graph replays, caches
-flushed. `tests/kernels/test_rows_cuda.py` and `test_quantize_cuda.py` hold the full checks.
+flushed (without a graph for the definitions' backward passes). `tests/kernels/test_rows_cuda.py` and `test_quantize_cuda.py` hold the full checks.
 """
 
 import argparse
@@ -32,8 +32,10 @@ ROWS = [(16384, 2, 512), (16384, 2, 1024), (16384, 2, 2048), (16384, 4, 2048), (
 MATRICES = [(2048, 512), (8192, 2048), (2048, 8192)]
 
 
-def milliseconds(function: Callable[[], object]) -> float:
-    """Median time of a replay of the function's CUDA graph, cache flushed."""
+def milliseconds(function: Callable[[], object], graphed: bool = True) -> float:
+    """Median time of a call, or of a replay of its CUDA graph, cache flushed."""
+    if not graphed:
+        return do_bench(function, warmup=5, rep=25, return_mode="median")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         function()
@@ -59,7 +61,7 @@ def apart(ours: Tensor, plain: Tensor) -> float:
 def graded(
     function: Callable[..., Tensor], leaves: list[Tensor], up: Tensor
 ) -> Callable[[], object]:
-    """The backward pass alone, again and again."""
+    """The backward pass alone, on the stream of this forward pass, so not to be captured."""
     y = function(*leaves)
     return lambda: torch.autograd.grad(y, leaves, up, retain_graph=True)
 
@@ -73,21 +75,20 @@ def rows_cases(tokens: int, k: int, d: int) -> list[tuple]:
     rows = torch.randn(tokens * k, d, device="cuda", dtype=BF16).requires_grad_()
     weights = torch.rand(tokens, k, device="cuda").requires_grad_()
     few, many, ids = x.numel() * 2, rows.numel() * 2, chosen.numel() * 8
-    ours_x = graded(lambda x: rows_cuda.dispatch_cuda(x, groups, k), [x], rows.detach())
-    plain_x = graded(lambda x: dispatch(x, plain, k), [x], rows.detach())
-    both = [rows, weights]
-    ours_c = graded(lambda r, w: rows_cuda.combine_cuda(r, w, groups), both, x.detach())
-    plain_c = graded(lambda r, w: combine(r, w, plain), both, x.detach())
-    fixed, factor, token = rows.detach(), weights.detach(), x.detach()
+    fixed, factor, token, back = rows.detach(), weights.detach(), x.detach(), groups.back
+    plain_x = graded(lambda x: dispatch(x, plain, k), [x], fixed)
+    plain_c = graded(lambda r, w: combine(r, w, plain), [rows, weights], token)
     return [
         ("group", 4 * ids, lambda: groups_cuda.group_cuda(chosen, 64)[0],
          lambda: group_by_expert(chosen, 64)[0]),
         ("dispatch", few + many, lambda: rows_cuda.dispatch_cuda(token, groups, k),
          lambda: dispatch(token, plain, k)),
-        ("dispatch backward", few + many, ours_x, plain_x),
+        ("dispatch backward", few + many, lambda: rows_cuda.dispatched_backward(fixed, back, k),
+         plain_x),
         ("combine", few + many, lambda: rows_cuda.combine_cuda(fixed, factor, groups),
          lambda: combine(fixed, factor, plain)),
-        ("combine backward", few + 2 * many, ours_c, plain_c),
+        ("combine backward", few + 2 * many,
+         lambda: rows_cuda.combined_backward(token, fixed, factor, back), plain_c),
     ]  # fmt: skip
 
 
@@ -122,19 +123,13 @@ def main() -> None:
             pair = [y if isinstance(y, Tensor) else y[0] for y in (ours(), plain())]
             error = apart(*pair)
             assert error < 2e-2, (name, sizes, error)
-            times = {}
-            for key, function in (("ms", ours), ("plain_ms", plain)):
-                try:
-                    times[key] = milliseconds(function)
-                except Exception as problem:  # a definition that cannot be captured, say
-                    times[key] = None
-                    print(name, key, type(problem).__name__, str(problem)[:100])
-            ideal = size / rate * 1e3
-            records.append({**sizes, "op": name, "error": error, "ideal_ms": ideal, **times})
-            plain_ms = "      -" if times["plain_ms"] is None else f"{times['plain_ms']:7.3f}"
+            plain_ms = milliseconds(plain, graphed="backward" not in name)
+            ms, ideal = milliseconds(ours), size / rate * 1e3
+            times = {"ms": ms, "plain_ms": plain_ms, "ideal_ms": ideal}
+            records.append({**sizes, "op": name, "error": error, **times})
             print(
-                f"{name:18} {sizes!s:42} {times['ms']:7.3f} ms  {times['ms'] / ideal:5.2f}x ideal"
-                f"  plain {plain_ms} ms  apart {error:.0e}",
+                f"{name:18} {sizes!s:42} {ms:7.3f} ms  {ms / ideal:5.2f}x ideal"
+                f"  plain {plain_ms:7.3f} ms  apart {error:.0e}",
                 flush=True,
             )
     commit = os.environ.get("COMMIT") or subprocess.run(
