@@ -220,14 +220,22 @@ def run_smollm2(args: argparse.Namespace, save) -> None:
         train_last(model, data, args, judge, arm)
 
 
+ALL = ("butterfly", "bypass", "remove")
 SELECTIONS = (  # name, limit (share of the submodules, or of the bytes), options, kinds
+    ("all feed-forward blocks", 1.0, ("butterfly",), "feed-forward"),
+    ("all feed-forward blocks, rank 8", 1.0, ("butterfly+8",), "feed-forward"),
+    ("all feed-forward blocks, rank 32", 1.0, ("butterfly+32",), "feed-forward"),
     ("half of the feed-forward blocks", 0.5, ("butterfly",), "feed-forward"),
     ("bypass only, 14 submodules", 14, ("bypass", "remove"), "both"),
     ("removal only, 14 submodules", 14, ("remove",), "both"),
-    ("any option, 14 submodules", 14, ("butterfly", "bypass", "remove"), "both"),
-    ("budget of half the bytes", "0.5", ("butterfly", "bypass", "remove"), "both"),
-    ("budget of a quarter of the bytes", "0.25", ("butterfly", "bypass", "remove"), "both"),
+    ("any option, 14 submodules", 14, ALL, "both"),
+    ("budget of half the bytes", "0.5", ALL, "both"),
+    ("budget of half the bytes, corrections too", "0.5", (*ALL, "corrected"), "both"),
+    ("budget of a quarter of the bytes", "0.25", ALL, "both"),
+    ("budget of a quarter of the bytes, corrections too", "0.25", (*ALL, "corrected"), "both"),
     ("half the bytes, bypass only", "0.5", ("bypass", "remove"), "both"),
+    ("8 attention submodules by eps, bypass", 8, ("bypass",), "attention"),
+    ("8 attention submodules by NBL's bound, bypass", 8, ("bypass",), "attention"),
 )
 
 
@@ -240,11 +248,11 @@ def select(model: nn.Module, data: list, args: argparse.Namespace, arm) -> None:
     )  # fmt: skip
     search = Search(model, config_of(args), settings, None, None, True)
     search.watch(data, ("bypass", "remove"), args.rank, args.attention_rank)
-    search.fit_layers()
+    search.fit_layers(args.corrections)
     whole = search.submodules
-    wanted = args.only.split(",") if args.only else [""]
+    wanted = args.only.split(";") if args.only else ["*"]
     for name, limit, options, kinds in SELECTIONS:
-        if not any(part in name for part in wanted):
+        if not any(part == name or part.startswith("*") and part[1:] in name for part in wanted):
             continue
         search.submodules = [s for s in whole if kinds in ("both", s.kind)]
         free = sum(not search.streams[s.path].refused for s in search.submodules)
@@ -254,6 +262,11 @@ def select(model: nn.Module, data: list, args: argparse.Namespace, arm) -> None:
         elif isinstance(limit, int):
             limit = (limit - 0.5) / free
         chosen = search.decide(limit, options)
+        if "bound" in name:  # as many, but those that the bound calls most linear
+            ranked = [s.path for s in search.submodules if not search.streams[s.path].refused]
+            ranked.sort(key=lambda path: search.measures[path][1])
+            count = sum(option != "keep" for option in chosen.values())
+            chosen = {path: "bypass" if path in ranked[:count] else "keep" for path in chosen}
         report = search.report(chosen, str(limit))
         report.swap = put_in(search, chosen)
         totals = report.totals()
@@ -503,9 +516,14 @@ def main() -> None:
     parser.add_argument("--bases", default="identity,hadamard", help="tried by selection")
     parser.add_argument("--device", default="cpu", help="of SmolLM2, for instance cuda")
     parser.add_argument("--memory", type=int, help="bytes for moments in selection; fewer passes")
-    parser.add_argument("--only", default="", help="parts of the names of selections")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="names of selections, semicolons between; *part takes all that hold a part",
+    )
     parser.add_argument("--rank", type=int, help="of the shared basis of bypasses")
     parser.add_argument("--attention-rank", type=int)
+    parser.add_argument("--corrections", type=int, nargs="*", default=[8, 32], help="their ranks")
     parser.add_argument("--cut", type=int, default=7, help="layers of the contiguous baseline")
     parser.add_argument("--figure", type=Path, help="picture of a selection")
     parser.add_argument("--last", type=int, default=6, help="layers that qat swaps and trains")

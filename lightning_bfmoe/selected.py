@@ -1,6 +1,7 @@
 """`selected_swap`: of all submodules, which are replaced, and by what, under one budget."""
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,9 +15,11 @@ from lightning_bfmoe.calibrate.selection import SelectionReport
 from lightning_bfmoe.calibrate.streams import Submodule
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import ConfigError
+from lightning_bfmoe.layers import ButterflyMoE
 from lightning_bfmoe.layers.bypass import LinearBypass, share_basis
-from lightning_bfmoe.layers.surgery import ReplacementPlan, replacement
-from lightning_bfmoe.selecting import OPTIONS, Search
+from lightning_bfmoe.layers.correction import set_correction_
+from lightning_bfmoe.layers.surgery import ReplacementPlan, Scalar, replacement
+from lightning_bfmoe.selecting import OPTIONS, Search, correction_ranks, kind_of, rank_of
 from lightning_bfmoe.swap.build import finish_layer
 from lightning_bfmoe.swap.quiet import keep_rng
 from lightning_bfmoe.swap.report import SwapReport
@@ -38,6 +41,7 @@ def selected_swap(
     attention: bool = True,
     rank: int | None = None,
     attention_rank: int | None = None,
+    correction_rank: int | Sequence[int] | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     calibration: Calibration | None = None,
@@ -48,14 +52,16 @@ def selected_swap(
 
     Each submodule F is judged by the residual-stream error that a replacement G would make on
     held-out tokens (`calibrate.streams`), one at a time, and gets one option: `keep`; `butterfly`,
-    a calibrated ButterflyMoE layer (feed-forward only); `bypass`, a fitted low-rank linear map,
-    with one basis for all feed-forward ones and an own one for attention; or `remove`, its mean
-    output as a constant. The sum of the errors is minimised exactly under the budget
-    (`calibrate.knapsack`). Errors are taken as if they added up, which they nearly do where they
-    are small; look at the loss as well.
+    a calibrated ButterflyMoE layer (feed-forward only); `corrected`, the same with a low-rank
+    correction beside it (in the report ``butterfly+r`` with its rank r); `bypass`, a fitted
+    low-rank linear map, with one basis for all feed-forward ones and an own one for attention; or
+    `remove`, its mean output as a constant. The sum of the errors is minimised exactly under the
+    budget (`calibrate.knapsack`). Errors are taken as if they added up, which they nearly do where
+    they are small; look at the loss as well.
 
-    The first attention submodule is kept: a generation cache counts its length by it. Attention of
-    `nn.MultiheadAttention` or that adds the residual itself (BERT) is not seen.
+    Attention is found by the names of classes. One that adds the residual itself is taken apart
+    where its parts can be told (BERT, MPNet), else kept (ALBERT), as is cross-attention; a causal
+    model's first one is kept too: a generation cache counts its length by it. The report says so.
 
     It stands here and not in `swap_feed_forward`, because `swap` and `calibrate` are wings that do
     not import one another.
@@ -82,6 +88,8 @@ def selected_swap(
         attention: Whether attention is ranked too.
         rank: Of the basis that feed-forward bypasses share. None: a quarter of the width.
         attention_rank: Of attention's. None: an eighth of the width.
+        correction_rank: Of the corrections that `corrected` offers, one or several to choose from.
+            None: that of the config, else a sixteenth of the width.
         include: Feed-forward blocks, see `swap_feed_forward`.
         exclude: Likewise.
         calibration: See `calibrated_swap`; always parallel over depth here.
@@ -108,8 +116,12 @@ def selected_swap(
     with keep_rng():
         search = Search(model, config, settings, include, exclude, attention)
         search.watch(data, options, rank, attention_rank)
-        if "butterfly" in options:
-            search.fit_layers()
+        if {"butterfly", "corrected"} & set(options):
+            ranks: tuple[int, ...] = ()
+            if "corrected" in options:
+                asked = correction_rank or config.correction_rank or None
+                ranks = correction_ranks(asked, search.widths())
+            search.fit_layers(ranks)
         chosen = search.decide(limit, options)
         report = search.report(chosen, f"budget {budget}" if sparsity is None else
                                f"sparsity {sparsity:g}")  # fmt: skip
@@ -125,13 +137,15 @@ def put_in(search: Search, chosen: dict[str, str]) -> SwapReport:
     report.calibration = search.calibration
     for s in search.submodules:
         name = chosen[s.path]
-        if name == "butterfly":
+        if kind_of(name) in ("butterfly", "corrected"):
             c, layer = search.blocks[s.path], search.parked[s.path].unpark()
-            assert c.placement is not None
-            row = describe_block(c, search.config, bias=True)
-            row.relative_error = (
-                next(b.error for b in search.calibration.blocks if b.path == s.path) ** 0.5
-            )
+            assert c.placement is not None and isinstance(layer, ButterflyMoE)
+            rank = rank_of(name)
+            set_correction_(layer, search.corrections[s.path].leading(rank) if rank else None)
+            config = dataclasses.replace(search.config, correction_rank=rank)
+            row = describe_block(c, config, bias=True)
+            fit = next(b for b in search.calibration.blocks if b.path == s.path)
+            row.relative_error = (fit.by_rank[rank] if fit.by_rank else fit.error) ** 0.5
             report.blocks.append(row)
             entries.append((c.placement, layer))
         elif name != "keep":
@@ -160,8 +174,14 @@ def _bypass(search: Search, s: Submodule, name: str) -> tuple[ReplacementPlan, L
     layer.to(example.dtype)
     if s.kind == "attention":
         places = [p for p, m in search.model.named_modules(remove_duplicate=False) if m is module]
-        finish_layer(layer, [module], 0.0)
-        entry = replacement(s.path, aliases=[p for p in places if p != s.path])
+        last = [] if s.end is None else [s.end]
+        finish_layer(layer, [module, *map(search.model.get_submodule, last)], 0.0)
+        entry = replacement(
+            s.path,
+            aliases=[p for p in places if p != s.path],
+            identities=last,
+            attributes=_unfused(search.model, s.path),
+        )
         entry["layer"] = {"family": "attention", "output_dropout": 0.0}
         return entry, layer
     c = search.blocks[s.path]
@@ -170,6 +190,14 @@ def _bypass(search: Search, s: Submodule, name: str) -> tuple[ReplacementPlan, L
     entry = copy.deepcopy(c.placement)
     entry["layer"] = {"family": c.family, "output_dropout": c.block.output_dropout}
     return entry, layer
+
+
+def _unfused(model: nn.Module, path: str) -> dict[str, Scalar]:
+    """What keeps a torch encoder around a place from reading weights past the module there."""
+    parts = path.split(".")
+    around = [".".join(parts[:n]) for n in range(1, len(parts))]
+    encoders = [p for p in around if isinstance(model.get_submodule(p), nn.TransformerEncoder)]
+    return {f"{p}.use_nested_tensor": False for p in encoders}
 
 
 def _check(budget: object, sparsity: object, options: Sequence[str]) -> int | float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bfmoe.calibrate import Calibration, calibrate_layers
+from lightning_bfmoe.calibrate.attention import CACHED, find_attention, keeps_cache
 from lightning_bfmoe.calibrate.batches import Batches
 from lightning_bfmoe.calibrate.bypass import (
     Bypass,
@@ -23,10 +24,12 @@ from lightning_bfmoe.calibrate.knapsack import Option, choose
 from lightning_bfmoe.calibrate.park import Parked
 from lightning_bfmoe.calibrate.progress import Progress
 from lightning_bfmoe.calibrate.selection import Ranked, SelectionReport
-from lightning_bfmoe.calibrate.streams import Stream, Submodule, find_attention, watch_streams
+from lightning_bfmoe.calibrate.streams import Stream, Submodule, watch_streams
 from lightning_bfmoe.calibrated import Course, Layer
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import CalibrationError, ConfigError
+from lightning_bfmoe.layers import ButterflyMoE, LowRankCorrection
+from lightning_bfmoe.layers.correction import set_correction_
 from lightning_bfmoe.swap.build import block_bytes
 from lightning_bfmoe.swap.candidate import Candidate
 from lightning_bfmoe.swap.find import find_feed_forward
@@ -34,7 +37,7 @@ from lightning_bfmoe.swap.report import skipped_rows
 from lightning_bfmoe.swap.select import Patterns, select_candidates
 from lightning_bfmoe.swap.swap import describe_block
 
-OPTIONS = ("keep", "butterfly", "bypass", "remove")
+OPTIONS = ("keep", "butterfly", "corrected", "bypass", "remove")
 
 
 class Search:
@@ -49,6 +52,7 @@ class Search:
         exclude: Patterns,
         attention: bool,
     ) -> None:
+        config = dataclasses.replace(config, correction_rank=0)
         self.model, self.config, self.settings = model, config, settings
         found = find_feed_forward(model)
         chosen = select_candidates(model, found, include, exclude)
@@ -70,6 +74,8 @@ class Search:
         self.linear: dict[str, dict[str, Bypass]] = {s.path: {} for s in self.submodules}
         self.basis: Tensor | None = None
         self.parked: dict[str, Parked] = {}
+        self.ranks: tuple[int, ...] = ()  # of the corrections that are offered
+        self.corrections: dict[str, LowRankCorrection] = {}
         self.eps: dict[str, dict[str, float]] = {}
         self.calibration: Any = None
 
@@ -115,8 +121,8 @@ class Search:
                         self.digest(s, stream, options, attention_rank)
                     progress.block()
         first = next((s for s in self.submodules if s.kind == "attention"), None)
-        if first is not None and not self.streams[first.path].refused:
-            self.streams[first.path].refused = "a generation cache counts its length by it"
+        if first is not None and keeps_cache(self.model.get_submodule(first.path)):
+            self.streams[first.path].refused = self.streams[first.path].refused or CACHED
         open_ = [s for s in self.submodules if not self.streams[s.path].refused]
         if self.rank:
             self.share([s.path for s in open_ if s.kind == "feed-forward"])
@@ -148,16 +154,34 @@ class Search:
         for p in paths:
             self.linear[p]["bypass"] = fit_on_basis(self.statistics[p], self.basis)
 
-    def fit_layers(self) -> None:
-        """Calibrate a layer for every feed-forward block, and take its error."""
-        course = Course(self.model, False, self.config, {})
+    def widths(self) -> set[int]:
+        """The smaller width of each feed-forward block, input or output."""
+        blocks = [c.block for c in self.blocks.values() if c.block is not None]
+        return {min(b.d_model, b.d_out) for b in blocks}
+
+    def fit_layers(self, ranks: Sequence[int] = ()) -> None:
+        """Calibrate a layer for every feed-forward block, and take its error.
+
+        Args:
+            ranks: Of corrections to offer; the largest is fitted, its leading parts are the others.
+        """
+        self.ranks = tuple(ranks)
+        config = dataclasses.replace(self.config, correction_rank=max(ranks, default=0))
+        course = Course(self.model, False, config, {})
 
         def done(c: Candidate, layer: Layer) -> None:
+            assert isinstance(layer, ButterflyMoE)
+            stream, eps, whole = self.streams[c.path], self.eps[c.path], layer.correction
             layer.eval()
-            stream = self.streams[c.path]
-            assert isinstance(layer, nn.Module)
             with torch.no_grad():
-                self.eps[c.path]["butterfly"] = stream.eps(layer)
+                for rank in self.ranks if whole is not None else ():
+                    assert whole is not None
+                    eps[f"butterfly+{rank}"] = stream.eps(
+                        set_correction_(layer, whole.leading(rank))
+                    )
+                eps["butterfly"] = stream.eps(set_correction_(layer, None))
+            if whole is not None:
+                self.corrections[c.path] = whole
             self.parked[c.path] = Parked(layer)
 
         open_ = [c for p, c in self.blocks.items() if not self.streams[p].refused]
@@ -169,15 +193,16 @@ class Search:
     def sizes(self, s: Submodule) -> dict[str, int]:
         """Bytes by option; the shared basis is counted apart."""
         if s.kind == "feed-forward":
-            before = block_bytes(self.blocks[s.path])[1]
-            row = describe_block(self.blocks[s.path], self.config, bias=True)
-            packed = row.packed_bytes
+            found = {"keep": block_bytes(self.blocks[s.path])[1]}
+            for rank in (0, *self.ranks):
+                config = dataclasses.replace(self.config, correction_rank=rank)
+                row = describe_block(self.blocks[s.path], config, bias=True)
+                found[f"butterfly+{rank}" if rank else "butterfly"] = row.packed_bytes
         else:
-            weights = {id(p): p for p in self.model.get_submodule(s.path).parameters()}.values()
-            before = sum(p.numel() * p.element_size() for p in weights)
-            packed = before
+            modules = [self.model.get_submodule(p) for p in (s.path, s.end) if p is not None]
+            weights = {id(p): p for m in modules for p in m.parameters()}.values()
+            found = {"keep": sum(p.numel() * p.element_size() for p in weights)}
         each = self._element(s)
-        found = {"keep": before, "butterfly": packed}
         for name, b in self.linear[s.path].items():
             parts = [b.bias, b.left, b.right if s.kind == "attention" or not self.rank else None]
             found[name] = each * sum(t.numel() for t in parts if t is not None)
@@ -228,7 +253,8 @@ class Search:
         sizes, eps = self.sizes(s), self.eps.get(s.path, {"keep": 0.0})
         if not bypassed and s.kind == "feed-forward" and self.rank:
             eps = {n: e for n, e in eps.items() if n != "bypass"}
-        allowed = [n for n in OPTIONS if n in eps and (n == "keep" or n in options)]
+        allowed = [n for n in eps if n == "keep" or {n, kind_of(n)} & set(options)]
+        allowed.sort(key=lambda n: OPTIONS.index(kind_of(n)))
         return [Option(name, sizes[name], eps[name]) for name in allowed]
 
     def report(self, chosen: dict[str, str], limit: str) -> SelectionReport:
@@ -253,6 +279,30 @@ class Search:
                 row.linear_error, row.canonical_bound = self.measures[s.path]
             report.submodules.append(row)
         return report
+
+
+def kind_of(name: str) -> str:
+    """The option that a chosen name belongs to.
+
+    Example:
+        >>> kind_of("butterfly+8"), kind_of("butterfly"), rank_of("butterfly+8")
+        ('corrected', 'butterfly', 8)
+    """
+    return "corrected" if "+" in name else name
+
+
+def rank_of(name: str) -> int:
+    """Rank of the correction in a chosen name; 0 without one."""
+    return int(name.partition("+")[2] or 0)
+
+
+def correction_ranks(value: int | Sequence[int] | None, widths: set[int]) -> tuple[int, ...]:
+    """Ranks of corrections as asked for; a sixteenth of the smallest width when None."""
+    if not widths:
+        return ()
+    several = value if isinstance(value, Sequence) else [value]
+    found = {_rank("correction_rank", each, min(widths), 16) for each in several}
+    return tuple(sorted(found))
 
 
 def _rank(name: str, value: int | None, width: int, share: int) -> int:

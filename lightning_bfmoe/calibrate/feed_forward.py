@@ -48,7 +48,7 @@ class BlockFit:
         held_tokens: Tokens that judged (count).
         choices: By role: up, gate, down.
         ridge: Of the refit; None when the trained output matrix was kept.
-        error: Held-out E|y - f(x)|^2 over the variance of y, for the mean expert and its correction.
+        error: Held-out E|y - f(x)|^2 over the variance of y, of the mean expert and its correction.
         by_rank: That error with a correction of rank 0, 1, ...; empty without one.
         dead_units: Hidden units that never moved (count).
     """

@@ -129,11 +129,18 @@ def _hooked(model: nn.Module, session: _Session) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; every module's own flag comes back."""
+    """Eval mode; every module's own flag comes back.
+
+    torch's encoders run no fused path meanwhile: in it no module is called, and padded batches
+    become nested tensors.
+    """
     flags = [(module, module.training) for module in model.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, training in flags:
             module.training = training

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,10 @@ COLOURS = {
     "bypass": "tab:blue",
     "remove": "tab:red",
 }
+
+
+CORRECTED = ("tab:brown", "tab:pink", "tab:olive")
+"""Colours of ButterflyMoE layers with corrections, by their ranks."""
 
 
 @dataclass
@@ -90,6 +95,17 @@ class SelectionReport:
             "totals": self.totals(),
         }
 
+    def _options(self) -> list[str]:
+        """Names of the options that were offered, `keep` left out."""
+        found = {name: None for r in self.submodules for name in r.eps if name != "keep"}
+        order = ("butterfly", "bypass", "remove")
+
+        def place(name: str) -> tuple[int, int]:
+            kind, _, rank = name.partition("+")
+            return order.index(kind), int(rank or 0)
+
+        return sorted(found, key=place)
+
     def __rich__(self) -> Any:
         """A rich table."""
         from rich.box import SIMPLE_HEAD
@@ -101,7 +117,14 @@ class SelectionReport:
             "eps: held-out squared error over that of the residual stream behind it; "
             "1-cos, |F|/|r|: mean; linear: what a full linear map misses of F"
         )
-        names = [n for n in COLOURS if n != "keep" and any(n in r.eps for r in self.submodules)]
+        groups: dict[str, list[str]] = {}
+        for r in self.submodules:
+            if r.note and len(r.eps) < 2:
+                groups.setdefault(r.note, []).append(r.path)
+        for note, paths in groups.items():
+            others = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
+            caption += f"\nkept: {', '.join(paths[:2])}{others}: {note}"
+        names = self._options()
         table = Table(title="Selection", caption=caption, box=SIMPLE_HEAD)
         columns = ("submodule", "chosen", "MB", *(f"eps {n}" for n in names))
         for name in (*columns, "1-cos", "|F|/|r|", "linear"):
@@ -134,9 +157,10 @@ class SelectionReport:
         kinds = [k for k in ("feed-forward", "attention") if self._of(k)]
         figure = Figure(figsize=(10, 3 * max(1, len(kinds))), layout="constrained")
         for place, kind in enumerate(kinds, start=1):
-            axes = figure.add_subplot(len(kinds), 1, place)
+            axes, more = figure.add_subplot(len(kinds), 1, place), itertools.cycle(CORRECTED)
             rows = self._of(kind)
-            for name, colour in COLOURS.items():
+            for name in ("keep", *self._options()):
+                colour = COLOURS.get(name) or next(more)
                 points = [(i, r.eps[name]) for i, r in enumerate(rows) if r.eps.get(name, 0) > 0]
                 if points:
                     x, y = zip(*points, strict=True)

@@ -27,7 +27,7 @@ from lightning_bfmoe.calibrate.observe import evaluating
 from lightning_bfmoe.errors import CalibrationError
 
 _SAMPLE, _A_BATCH = 512, 64  # held-out tokens that are kept of each submodule, and of one batch
-_SECOND = ("encoder_hidden_states", "key_value_states")  # arguments of cross-attention
+_SECOND = ("encoder_hidden_states", "key_value_states", "memory")  # arguments of cross-attention
 _RECENT = 4  # norms that are remembered during a forward pass
 
 
@@ -40,12 +40,18 @@ class Submodule:
         kind: What stands there.
         width: Of its tokens.
         function: Rows to rows, where the module alone is not the whole; None: the module's output.
+        end: Path of the module whose output is the submodule's, where it is another one.
+        adds_input: It is known that the output is added to the submodule's own input.
+        refused: Why it cannot be replaced; empty when it may be.
     """
 
     path: str
     kind: Literal["feed-forward", "attention"]
     width: int
     function: Callable[[Tensor], Tensor] | None = None
+    end: str | None = None
+    adds_input: bool = False
+    refused: str = ""
 
 
 @dataclass
@@ -161,8 +167,10 @@ class _Session:
     def __init__(self, submodules: list[Submodule], device: torch.device) -> None:
         self.submodules = submodules
         self.streams = {
-            s.path: Stream(WeightedMoments(s.width, s.width, device)) for s in submodules
+            s.path: Stream(WeightedMoments(s.width, s.width, device), refused=s.refused)
+            for s in submodules
         }
+        self.begun: dict[str, Tensor] = {}  # inputs of submodules that end in another module
         self.recent: list[tuple[Tensor, Tensor]] = []  # output and input of the latest norms
         self.waiting: list[_Call] = []
         self.held = self.busy = False
@@ -178,6 +186,9 @@ class _Session:
                 module = model.get_submodule(s.path)
                 hook = module.register_forward_hook(self.see(s), with_kwargs=True)
                 stack.callback(hook.remove)
+                if s.end is not None:
+                    last = model.get_submodule(s.end)
+                    stack.callback(last.register_forward_hook(self.finish(s)).remove)
             yield
 
     def norm(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -194,6 +205,18 @@ class _Session:
 
         return hook
 
+    def finish(self, s: Submodule) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            stream, x = self.streams[s.path], self.begun.pop(s.path, None)
+            if x is None or stream.refused:
+                return
+            if not isinstance(output, Tensor) or output.shape != x.shape:
+                stream.refused = "its output has another shape than its input"
+            else:
+                self.arrive(s, stream, x, output)
+
+        return hook
+
     def take(self, s: Submodule, stream: Stream, args: tuple, kwargs: dict, output: Any) -> None:
         x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         named = kwargs.get("hidden_states")
@@ -203,20 +226,25 @@ class _Session:
             stream.refused = "it takes no tensor of tokens"
             return
         if s.function is None:
-            if any(
-                kwargs.get(k) is not None for k in ("encoder_hidden_states", "key_value_states")
-            ):
+            if _second_stream(x, args, kwargs):
                 stream.refused = "it reads a second stream"
                 return
-            if not isinstance(first, Tensor) or first.shape != x.shape:
+            if s.end is None and (not isinstance(first, Tensor) or first.shape != x.shape):
                 stream.refused = f"it returns a {type(first).__name__} of another shape"
                 return
         stream.outputs = len(output) if isinstance(output, tuple) and s.function is None else 0
+        if s.end is not None:
+            self.begun[s.path] = x
+            return
         y = first
         if s.function is not None:
             self.busy = True  # a function may call the very module that is watched
             y = s.function(x.reshape(-1, s.width)).view_as(x)
             self.busy = False
+        self.arrive(s, stream, x, y)
+
+    def arrive(self, s: Submodule, stream: Stream, x: Tensor, y: Tensor) -> None:
+        """Input and output are there; the residual may have to wait for the next norm."""
         before = next((i for o, i in self.recent if o is x or _same(o, x)), None)
         if before is None or before.shape != x.shape:
             stream.post_norm = True  # no norm: the input is what the output is added to
@@ -231,6 +259,8 @@ class _Session:
         for call in calls:
             if call.stream.post_norm is None and sum_ is not None and call.before is not None:
                 call.stream.post_norm = _nearer(sum_ - call.y, call.x, call.before)
+                if call.place.adds_input and not call.stream.post_norm:
+                    call.stream.refused = "what it is added to was not found"
             r = call.x if call.stream.post_norm or call.before is None else call.before
             x, base, y = (select_tokens(t, self.mask, call.place.path) for t in (call.x, r, call.y))
             self.add(call.place, call.stream, x, base, y)
@@ -267,32 +297,14 @@ def _nearer(r: Tensor, x: Tensor, before: Tensor) -> bool | None:
     return None if min(errors) > 0.01 else errors[0] < errors[1]
 
 
+def _second_stream(x: Tensor, args: tuple, kwargs: dict) -> bool:
+    """Whether keys and values come from elsewhere: by name, or as arguments like torch's own."""
+    if any(kwargs.get(name) is not None for name in _SECOND):
+        return True
+    near = (*args[:3], *(kwargs.get(name) for name in ("query", "key", "value")))
+    others = [t for t in near if isinstance(t, Tensor) and t.dim() == x.dim()]
+    return any(t.shape[-1] == x.shape[-1] and not (t is x or _same(t, x)) for t in others)
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape
-
-
-def find_attention(model: nn.Module, width_of: Callable[[str], int | None]) -> list[Submodule]:
-    """Attention submodules by the names of their classes, outermost ones, in the model's order.
-
-    Args:
-        model: Any module.
-        width_of: Of a path: the width of the residual stream there; None where there is none.
-    """
-    found: list[Submodule] = []
-    outer: list[str] = []  # with a dot behind
-    for path, module in model.named_modules():
-        name = type(module).__name__.lower()
-        inside = any(path.startswith(prefix) for prefix in outer)
-        if inside or not ("attention" in name or "attn" in name) or not path:
-            continue
-        width = None if "cross" in name else width_of(path)
-        if width is not None or "cross" in name:
-            outer.append(path + ".")
-        if width is None or isinstance(module, nn.MultiheadAttention):
-            continue  # torch's encoder layers read its weights past its forward
-        wide = any(
-            is_norm(m) and any(p.numel() == width for p in m.parameters()) for m in module.modules()
-        )
-        if not wide:  # else it adds and normalises the residual itself, as in BERT
-            found.append(Submodule(path, "attention", width))
-    return found

@@ -52,6 +52,8 @@ class LinearBypass(nn.Module):
     bias: nn.Parameter
     """b, (d_out,)."""
     written: Tensor
+    batch_first = True
+    in_proj_bias = None  # torch's encoder layers ask for both, and then leave out their fused path
 
     def __init__(
         self,

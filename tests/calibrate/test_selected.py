@@ -266,7 +266,7 @@ def test_it_trains_and_its_checkpoint_is_loaded(tmp_path):
         module, ids(), sparsity=0.75, num_experts=4,
         calibration=Calibration(progress=False, forward_fn=lambda m, batch: m.net(batch)),
     )  # fmt: skip
-    assert {r.chosen for r in report.submodules} == {"keep", "butterfly", "bypass"}
+    assert {r.chosen for r in report.submodules} == {"keep", "butterfly+2", "bypass"}
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False,
@@ -274,7 +274,7 @@ def test_it_trains_and_its_checkpoint_is_loaded(tmp_path):
         callbacks=[TernarySchedule(Plan(start=0, end=0)), AngleWarmup(5.0)],
     )  # fmt: skip
     trainer.fit(module, DataLoader(torch.cat(ids(4)), batch_size=8))
-    names = ("attn.basis", "attn.weight", "attn.bias", "latent", "angles")
+    names = ("attn.basis", "attn.weight", "attn.bias", "latent", "angles", "correction.basis")
     for name in names:
         moved = [n for n in before if n.endswith(name)]
         parameters = dict(module.named_parameters())
