@@ -120,6 +120,32 @@ def test_the_exported_page_needs_no_kernel_and_no_network(tmp_path, watched, rec
     watched.assert_clean()
 
 
+GREEDY = """
+window.taken = [];
+document.addEventListener("keydown", (event) => {
+  window.taken.push(event.key);
+  event.preventDefault();
+  event.stopPropagation();
+}, true);
+"""
+
+
+def test_keys_belong_to_what_has_the_focus(tmp_path, watched, recording):
+    page = watched.page
+    page.goto(export_explorer(ExplorerData.of(recording), tmp_path / "keys.html").as_uri())
+    before = settle(page)
+    page.evaluate(GREEDY)  # as Notebook 7 does with its shortcuts
+    page.locator(".bfm-heatmap").press("ArrowRight")
+    page.locator('.bfm-explorer input[aria-label="checkpoint"]').press("ArrowLeft")
+    page.locator('.bfm-explorer select[aria-label="rotation"]').press("d")  # "d d" deletes a cell
+    shown = settle(page)
+    assert (shown["b"], shown["checkpoint"]) == (before["b"] + 1, before["checkpoint"] - 1)
+    assert shown["rotation"] == "down/in"  # typed ahead
+    assert page.evaluate("window.taken") == []
+    page.locator(".bfm-heatmap").press("Control+s")  # but what saves goes on saving
+    assert page.evaluate("window.taken.at(-1)") == "s"
+
+
 def test_a_wide_layer_does_not_freeze_the_page(tmp_path, watched):
     rng = np.random.default_rng(0)
     angles = rng.normal(0, 0.3, (12, 12, 2048)).astype(np.float16)

@@ -276,15 +276,20 @@ function render({ model, el }) {
     heatmap.canvas.title = cell ? `experts ${cell[0]} and ${cell[1]}: `
       + map.values[cell[0] * map.E + cell[1]].toFixed(4) : "";
   });
-  heatmap.canvas.addEventListener("keydown", (event) => {
+  // Keys belong to what has the focus. A notebook listens on the document before we do, moves to
+  // another cell at an arrow and deletes one at "d d", so we listen a step earlier.
+  const onKey = (event) => {
+    if (!root.contains(event.target) || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "Escape" || (event.key === "Enter" && event.shiftKey)) return;
+    event.stopPropagation();
     const moves = { ArrowUp: ["a", -1], ArrowDown: ["a", 1], ArrowLeft: ["b", -1],
       ArrowRight: ["b", 1] };
-    if (!(event.key in moves)) return;
-    event.preventDefault();
-    event.stopPropagation(); // the notebook would move to another cell
+    if (event.target !== heatmap.canvas || !(event.key in moves)) return;
+    event.preventDefault(); // the page would scroll
     const [name, by] = moves[event.key], now = state();
     set({ [name]: clamp(now[name] + by, now.block.E - 1) });
-  });
+  };
+  window.addEventListener("keydown", onKey, true);
   wing.canvas.addEventListener("mousemove", (event) => {
     if (!wings) return;
     const box = wing.canvas.getBoundingClientRect(), pairs = wings.block.d >> 1;
@@ -325,6 +330,7 @@ function render({ model, el }) {
     job++;
     resized.disconnect();
     themed.disconnect();
+    window.removeEventListener("keydown", onKey, true);
     scheme.removeEventListener("change", update);
     model.off("msg:custom", arrived);
     for (const name of SHARED) model.off(`change:${name}`, update);
