@@ -97,7 +97,7 @@ def walk_parts(regular: int, irregular: int, down: bool, launch: Launch) -> list
 
 
 @functools.lru_cache(maxsize=256)
-def _irregular_tables(
+def irregular_tables(
     width: int, stages: int, regular: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Of each column in each irregular stage: its partner, and its pair if it is the first member.
@@ -116,7 +116,7 @@ def _irregular_tables(
 
 
 @functools.lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2  # under the interpreter
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -175,11 +175,11 @@ class Plan:
         derive = launch.derive and lift
         self.near = launch.resident if launch.near else 1
         self.height = launch.rows * max((32 * launch.warps << launch.spread) >> log_d, 1)
-        self.most = _multiprocessors(device) * launch.resident  # programs
+        self.most = multiprocessors(device) * launch.resident  # programs
         self.partner: Tensor | None = None
         self.pair: Tensor | None = None
         if irregular:
-            self.partner, self.pair = _irregular_tables(width, stages, regular, device)
+            self.partner, self.pair = irregular_tables(width, stages, regular, device)
         # Numbers, in multiples of 16 bytes.
         self.table = experts * table_size(log_d, regular, irregular, derive)
         self.table = -(-self.table // 4) * 4

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import ConfigError, ShapeError
-from lightning_bfmoe.kernels import combine, dispatch_rows, group_by_expert
+from lightning_bfmoe.kernels import (
+    PackedLinear,
+    combine,
+    dispatch_rows,
+    group_by_expert,
+    packed_experts,
+)
 from lightning_bfmoe.layers.activation import Activation
 from lightning_bfmoe.layers.linear import ButterflyLinear
 from lightning_bfmoe.layers.one_expert import OneExpert
@@ -129,6 +135,22 @@ class ButterflyExperts(RemembersSettings, KeepsFloat32):
                 got=tuple(x.shape),
                 fix="Flatten the leading axes first.",
             )
+        packed = self._packed()
+        if packed is None:
+            return self._parts(x, experts, weights)
+        return packed_experts(x, experts, weights, packed, self.activation.name, self._parts)
+
+    def _packed(self) -> tuple[PackedLinear, PackedLinear | None, PackedLinear] | None:
+        """The numbers of all matrices, if all are packed and nothing random stands between them."""
+        if self.training and self.dropout.p > 0 or not isinstance(self.down, ButterflyLinear):
+            return None
+        up, down = self.up.packed_numbers(), self.down.packed_numbers()
+        gate = None if self.gate is None else self.gate.packed_numbers()
+        if up is None or down is None or (gate is None) != (self.gate is None):
+            return None
+        return up, gate, down
+
+    def _parts(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         groups = group_by_expert(experts, self.num_experts)
         rows = dispatch_rows(x, groups, experts.shape[1])  # (rows, d_model)
         if self.gate is None:

@@ -84,10 +84,20 @@ class ButterflyLinear(KeepsFloat32):
 
     def forward(self, x: Tensor, groups: ExpertGroups) -> Tensor:
         """Rows (rows, d_in), sorted by expert, to (rows, d_out) in the dtype of `x`."""
+        numbers = self.packed_numbers()
+        if numbers is None:
+            return self._parts(x, groups)
+        return packed_linear(x, groups, numbers, self._parts)
+
+    def packed_numbers(self) -> PackedLinear | None:
+        """What a fused kernel takes; None when this is no packed layer that computes in one go.
+
+        That is one in training form, one that keeps nothing decoded, or one that rounds activations.
+        """
         substrate = self.substrate
         if isinstance(substrate, Substrate) or not substrate.keeps or self.activation_bits:
-            return self._parts(x, groups)
-        numbers = PackedLinear(
+            return None
+        return PackedLinear(
             substrate.packed,
             substrate.alpha,
             self.d_in,
@@ -99,7 +109,6 @@ class ButterflyLinear(KeepsFloat32):
             None if self.gain_out is None else gain_values(self.gain_out),
             self.bias,
         )
-        return packed_linear(x, groups, numbers, self._parts)
 
     def _parts(self, x: Tensor, groups: ExpertGroups) -> Tensor:
         if self.gain_in is not None:

@@ -10,11 +10,10 @@ from torch.nn import functional as F
 from lightning_bfmoe.functional.noise import counter_noise
 from lightning_bfmoe.functional.routing import (
     balance_step,
-    expert_load,
-    route_top_k,
     switch_loss,
     z_loss,
 )
+from lightning_bfmoe.kernels import route
 from lightning_bfmoe.layers.passes import count_load, is_counted
 from lightning_bfmoe.layers.precision import KeepsFloat32
 
@@ -108,9 +107,7 @@ class TopKRouter(KeepsFloat32):
             if self.training and self.noise_counter is not None:
                 noise = counter_noise(self.noise_counter, *logits.shape)
                 logits = logits + self.noise * noise.to(logits.dtype)
-            choice = route_top_k(logits, self.top_k, self.balance_bias)
-            # top-k takes NaN for the largest score: it must not reach the balance
-            load = expert_load(choice.experts, self.num_experts, choice.weights.isfinite())
+            choice, load = route(logits, self.top_k, self.balance_bias)
             loss = None
             if self.training and torch.is_grad_enabled():
                 if self.weight.requires_grad and is_counted(self):

@@ -89,7 +89,7 @@ check(1e-6, 256, 2, 5)
 def test_loads_stages_launch_shapes_and_rows():
     # Of 16-bit rows the interpreter truncates what the GPU rounds, hence twice a rounding.
     assert interpreted("""
-cuda_plan._multiprocessors = lambda device: 1
+cuda_plan.multiprocessors = lambda device: 1
 check(1e-6, 8, 5, 1)
 check(1e-6, 8, 5, 300, chosen=torch.randint(0, 2, (300,)) * 2 + 1)
 check(1e-6, 32, 2, 9, stages=4, inverse=True)
@@ -102,7 +102,7 @@ assert max(errors(wide[:, ::2], angles, groups, False, torch.randn(32, 20).t()))
 y = cuda.rotate_cuda(x, angles.detach(), groups)
 (dx,) = torch.autograd.grad(y, x, y.detach())
 assert (dx - x).norm() < 1e-6 * x.norm()
-cuda_plan._multiprocessors = lambda device: 7
+cuda_plan.multiprocessors = lambda device: 7
 cuda_plan.plan_for.cache_clear()
 cuda_plan.walk_parts = lambda regular, irregular, *_: [(0, 1), (1, 3), (3, regular + irregular)]
 cuda_plan.launch_shape = lambda *_: cuda_plan.Launch(spread=2, rows=4, warps=2, resident=1)
@@ -205,7 +205,7 @@ def test_compiles_for_a_gpu_without_spills():
 
 
 def test_partners_of_irregular_stages():
-    partner, pair = cuda_plan._irregular_tables(12, 4, 2, torch.device("cpu"))
+    partner, pair = cuda_plan.irregular_tables(12, 4, 2, torch.device("cpu"))
     first, second = stage_pairs(12, 4)
     assert partner.shape == pair.shape == (2, 16)
     for row in range(2):
