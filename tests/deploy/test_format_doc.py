@@ -29,8 +29,14 @@ def reader():
     [
         {},
         {"gated": True, "gains": True, "activation": "silu"},
-        {"bias": False, "granularity": "tensor", "stages": 2, "d_out": 5, "top_k": 3,
-         "correction_rank": 2},  # fmt: skip
+        {
+            "bias": False,
+            "granularity": "tensor",
+            "stages": 2,
+            "d_out": 5,
+            "top_k": 3,
+            "correction_rank": 2,
+        },  # fmt: skip
     ],
 )
 @pytest.mark.parametrize(("d_model", "d_ff"), [(8, 32), (6, 10), (7, 9)])
