@@ -7,7 +7,7 @@ from lightning_bfmoe.kernels.dispatch_rows import dispatch_rows, group_by_expert
 from lightning_bfmoe.kernels.linear import PackedLinear, packed_linear
 from lightning_bfmoe.kernels.quantize import blend_to_ternary
 from lightning_bfmoe.kernels.rotation import rotate
-from lightning_bfmoe.kernels.route import route
+from lightning_bfmoe.kernels.route import route, router_logits
 from lightning_bfmoe.kernels.ternary import ternary_linear
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "register",
     "rotate",
     "route",
+    "router_logits",
     "ternary_linear",
     "use_kernel",
 ]

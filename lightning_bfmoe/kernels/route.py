@@ -1,13 +1,53 @@
-"""The op "choose the experts of each token": the definition, or one launch on CUDA."""
+"""The ops "logits of the router" and "choice of the experts": the definitions, or fused on CUDA."""
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_bfmoe.functional.routing import TopK, expert_load, route_top_k
 from lightning_bfmoe.kernels.cuda import has_triton, on_device
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, register
 
 MAX_EXPERTS = 4096  # logits that a program holds
+MAX_TOKENS = 32
+"""Most tokens whose logits are computed one by one."""
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """W x in the dtype of the weight, by the fastest kernel.
+
+    Example:
+        >>> router_logits(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
+        tensor([[11.]])
+
+    Args:
+        x: (tokens, d), any floating dtype.
+        weight: (experts, d), float32 or wider.
+
+    Returns:
+        (tokens, experts).
+    """
+    return choose("logits", x, weight).run(x, weight)
+
+
+def logits_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """Widen, then a product."""
+    return F.linear(x.to(weight.dtype), weight)
+
+
+def logits_cuda(x: Tensor, weight: Tensor) -> Tensor:
+    """One launch; no gradient."""
+    return scored(x, weight)
+
+
+def suits_logits(x: Tensor, weight: Tensor) -> bool:
+    """A few tokens on CUDA with triton, in eager mode and without a gradient."""
+    if not (x.is_cuda and weight.is_cuda) or torch.compiler.is_compiling() or not has_triton():
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    fits = weight.dtype == torch.float32 and x.dtype != torch.float64
+    return fits and 0 < x.shape[0] <= MAX_TOKENS
 
 
 def route(logits: Tensor, k: int, balance_bias: Tensor | None) -> tuple[TopK, Tensor]:
@@ -59,6 +99,8 @@ def is_fused(logits: Tensor, k: int, balance_bias: Tensor | None) -> bool:
     return logits.dtype == torch.float32 and tokens > 0 and 1 <= k <= experts <= MAX_EXPERTS
 
 
+torch.library.define("bfmoe::router_logits_cuda", "(Tensor x, Tensor weight) -> Tensor")
+scored = torch.ops.bfmoe.router_logits_cuda.default
 torch.library.define(
     "bfmoe::route_cuda",
     "(Tensor logits, int k, Tensor? balance_bias) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -66,7 +108,26 @@ torch.library.define(
 routed = torch.ops.bfmoe.route_cuda.default
 
 
-# On the CPU this runs under triton's interpreter only; `suits_route` never chooses it there.
+# On the CPU these run under triton's interpreter only; no `suits_*` chooses them there.
+@torch.library.impl("bfmoe::router_logits_cuda", ("CUDA", "CPU"))
+@on_device
+def _scored(x: Tensor, weight: Tensor) -> Tensor:
+    from lightning_bfmoe.kernels.triton_route import logits_kernel
+
+    x, weight, (experts, width) = x.contiguous(), weight.contiguous(), weight.shape
+    logits, block = x.new_empty(x.shape[0], experts, dtype=torch.float32), 4
+    logits_kernel[(x.shape[0], -(-experts // block))](
+        x, weight, logits, WIDTH=width, EXPERTS=experts, BLOCK=block,
+        BLOCK_IN=min(512, 1 << (width - 1).bit_length()), num_warps=4,
+    )  # fmt: skip
+    return logits
+
+
+@torch.library.register_fake("bfmoe::router_logits_cuda")
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+
+
 @torch.library.impl("bfmoe::route_cuda", ("CUDA", "CPU"))
 @on_device
 def _routed(
@@ -100,6 +161,24 @@ def _(
     )
 
 
+register(
+    Kernel(
+        "logits",
+        "reference",
+        logits_reference,
+        lambda *_: True,
+        "a product in float32; any device and gradient",
+    )
+)
+register(
+    Kernel(
+        "logits",
+        "triton",
+        logits_cuda,
+        suits_logits,
+        f"one launch; CUDA with triton, up to {MAX_TOKENS} tokens, no gradient",
+    )
+)
 register(
     Kernel(
         "route",

@@ -1,9 +1,27 @@
-"""The choice of experts in one launch: softmax, top-k, weights and load of a token a program."""
+"""The router of a few tokens in two launches: logits; then softmax, top-k, weights and load."""
 
 # mypy: ignore-errors
 # Kernel code is compiled by triton and follows its rules, not those of Python's types.
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def logits_kernel(
+    p_x, p_weight, p_logits,
+    WIDTH: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """Program (token, block): the logits of a block of experts, in float32."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK, BLOCK_IN), tl.float32)
+    for first in range(0, WIDTH, BLOCK_IN):
+        column = first + tl.arange(0, BLOCK_IN)
+        x = tl.load(p_x + token * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        there = (expert < EXPERTS)[:, None] & (column < WIDTH)[None, :]
+        at = expert[:, None] * WIDTH + column[None, :]
+        sums += tl.load(p_weight + at, mask=there, other=0.0) * x[None, :]
+    tl.store(p_logits + token * EXPERTS + expert, tl.sum(sums, axis=1), mask=expert < EXPERTS)
 
 
 @triton.jit(do_not_specialize=["tokens"])

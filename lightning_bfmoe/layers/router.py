@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_bfmoe.functional.noise import counter_noise
 from lightning_bfmoe.functional.routing import (
@@ -13,7 +12,7 @@ from lightning_bfmoe.functional.routing import (
     switch_loss,
     z_loss,
 )
-from lightning_bfmoe.kernels import route
+from lightning_bfmoe.kernels import route, router_logits
 from lightning_bfmoe.layers.passes import count_load, is_counted
 from lightning_bfmoe.layers.precision import KeepsFloat32
 
@@ -103,7 +102,7 @@ class TopKRouter(KeepsFloat32):
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (tokens, d_model)."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(self.weight.dtype), self.weight)  # (tokens, experts)
+            logits = router_logits(x, self.weight)  # (tokens, experts)
             if self.training and self.noise_counter is not None:
                 noise = counter_noise(self.noise_counter, *logits.shape)
                 logits = logits + self.noise * noise.to(logits.dtype)
