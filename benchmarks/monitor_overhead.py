@@ -1,10 +1,18 @@
-"""What `ActivationOutliers` and `ExpertUsage` cost at their default interval, by step time.
+"""What the monitors cost, by step time: `ActivationOutliers`, `ExpertUsage`, `NotebookMonitor`.
 
-Trains the example GPT on random tokens with one monitor at a time at an interval of 10, and
-compares the steps that record with those in between; to that comes what its hooks do in every step,
-which is too little to see in a step and is timed on its own, hook by hook:
+The first two at their default interval: trains the example GPT on random tokens with one monitor at
+a time at an interval of 10, and compares the steps that record with those in between; to that comes
+what its hooks do in every step, which is too little to see in a step and is timed on its own, hook
+by hook:
 
     share = ((recording step - step in between) / 50 + hooks of every step) / plain step
+
+`NotebookMonitor` draws by time and not by steps. Its hook is timed in a training, as if in a
+notebook: what it takes in a step, what a drawing takes, and so, when it draws as often as it may,
+
+    share = hook / plain step + drawing / max(2 s, drawing / budget)
+
+To that come two drawings whatever the length: one at the start, one at the end.
 
 Seconds are CPU time of one thread on a CPU, wall time behind a synchronisation on a GPU. Each kind
 of step is stood for by its 20th percentile, since whatever else runs on a machine only ever adds. A
@@ -22,6 +30,7 @@ import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import lightning as L
 import torch
@@ -31,7 +40,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from examples.gpt import GPT  # noqa: E402
-from lightning_bfmoe.callbacks import ActivationOutliers, ExpertUsage  # noqa: E402
+from lightning_bfmoe.callbacks import (  # noqa: E402
+    ActivationOutliers,
+    ExpertUsage,
+    NotebookMonitor,
+)
 from lightning_bfmoe.swap import swap_feed_forward  # noqa: E402
 
 INTERVAL, DEFAULT = 10, 50
@@ -101,7 +114,54 @@ def measure(size: dict, steps: int, make: dict, repeats: int, cuda: bool) -> dic
             "hooks_every_step_ms": hooks,
             "percent_of_step_time": 100 * extra / result["plain_step_ms"],
         }
+    result["NotebookMonitor"] = live_chart(size, steps, result["plain_step_ms"], cuda)
     return result
+
+
+class TimedMonitor(NotebookMonitor):
+    """Seconds of every call of the hook, and of every drawing."""
+
+    def __init__(self, cuda: bool) -> None:
+        super().__init__()
+        self.clock = time.perf_counter if cuda else time.process_time
+        self.hooks, self.drawings = [], []
+
+    def on_train_batch_end(self, *args):
+        """Take the time of steps without a drawing."""
+        start, drawn = self.clock(), len(self.drawings)
+        super().on_train_batch_end(*args)
+        if len(self.drawings) == drawn:
+            self.hooks.append(self.clock() - start)
+
+    def draw(self, trainer):
+        """Take the time of a drawing."""
+        start = self.clock()
+        super().draw(trainer)
+        self.drawings.append(self.clock() - start)
+
+
+def live_chart(size: dict, steps: int, plain_step_ms: float, cuda: bool) -> dict:
+    """The cost of `NotebookMonitor`; the picture is made, and sent to nobody."""
+    monitor = TimedMonitor(cuda)
+    inside = [
+        f"lightning_bfmoe.{name}.in_notebook" for name in ("viz.live", "callbacks.live_chart")
+    ]
+    with (
+        mock.patch(inside[0], return_value=True),
+        mock.patch(inside[1], return_value=True),
+        mock.patch("IPython.display.display"),
+    ):
+        step_times(size, steps, [monitor], cuda)
+        for _ in range(5):  # of the full curve
+            monitor.draw(SimpleNamespace(interrupted=False, callback_metrics={}))
+    hook, drawing = statistics.median(monitor.hooks), statistics.median(monitor.drawings[-5:])
+    pause = max(monitor.every_n_seconds, drawing / monitor.budget)
+    return {
+        "hook_ms": 1e3 * hook,
+        "drawing_ms": 1e3 * drawing,
+        "seconds_between_drawings": pause,
+        "percent_of_step_time": 100 * (1e3 * hook / plain_step_ms + drawing / pause),
+    }
 
 
 def every_step_ms(size: dict, monitor: L.Callback, cuda: bool) -> float:
