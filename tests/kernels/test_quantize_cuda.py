@@ -4,9 +4,6 @@ As in `test_rows_cuda.py` the checks take a device.
 """
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ import torch
 from lightning_bfmoe.functional import quantize_ternary, ternarize
 from lightning_bfmoe.kernels import blend_to_ternary, choose, quantize_cuda, use_kernel
 from lightning_bfmoe.layers import Substrate
-from tests.kernels.test_rows_cuda import DTYPES, ROOT, with_triton
+from tests.kernels.test_rows_cuda import DTYPES, in_a_process, with_triton
 
 SHAPES = [(7, 5), (3, 100), (1, 1), (2, 9000)]
 LARGE = [(2048, 512), (513, 2048), (300, 8192), (1000, 768), (64, 20000)]
@@ -102,14 +99,24 @@ def check_interpreted():
     check_opaque("cpu", "aot_eager")
 
 
+def check_compiled():
+    """Every launch without spilled registers, for a GPU that need not be there."""
+    from tests.kernels.sm90 import check
+
+    for d_in, scale in ((768, "absmean"), (8192, "absmean"), (20000, "absmean"), (8192, "lstsq")):
+        check(quantize_cuda._Plan(64, d_in, scale, True).run)
+    plan = quantize_cuda._Plan(1000, 777, "absmean", False)
+    check(plan.sum, plan.run)
+
+
 @with_triton
 def test_interpreted():
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {__name__} as here; here.check_interpreted()"],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_a_process(__name__, "check_interpreted", 1)
+
+
+@with_triton
+def test_compiles_for_a_gpu_without_spills():
+    in_a_process(__name__, "check_compiled", 0)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ import torch
 
 from lightning_bfmoe.errors import ShapeError
 from lightning_bfmoe.functional import combine, dispatch, group_by_expert
-from lightning_bfmoe.kernels import choose, describe, rows_cuda
+from lightning_bfmoe.kernels import choose, describe, groups_cuda, rows_cuda
 from lightning_bfmoe.kernels.groups_cuda import group_cuda, grouped
 
 ROOT = Path(__file__).parents[2]
@@ -180,15 +180,37 @@ def check_interpreted():
     check_opaque("cpu", "aot_eager")
 
 
-@with_triton
-def test_interpreted():
-    code = f"import {__name__} as here; here.check_interpreted()"
+def check_compiled():
+    """Every launch without spilled registers, for a GPU that need not be there."""
+    from tests.kernels.sm90 import check
+
+    for width, k in ((768, 2), (2048, 2), (9000, 9)):
+        for weighted in (False, True):
+            plan = rows_cuda._Plan(width, k, weighted)
+            check(plan.gather, plan.spread)
+    for experts, alone in ((8, True), (8, False), (1000, False)):
+        plan = groups_cuda._Plan(experts, alone)
+        check(plan.group, *([] if alone else [plan.count]))
+
+
+def in_a_process(module, check, interpret):
+    """Run a check of a test module where triton interprets, or compiles."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"import {module} as here; here.{check}()"],
         cwd=ROOT, capture_output=True, text=True, timeout=280,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "TRITON_INTERPRET": str(interpret), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@with_triton
+def test_interpreted():
+    in_a_process(__name__, "check_interpreted", 1)
+
+
+@with_triton
+def test_compiles_for_a_gpu_without_spills():
+    in_a_process(__name__, "check_compiled", 0)
 
 
 @pytest.mark.gpu
