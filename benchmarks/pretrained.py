@@ -9,9 +9,13 @@ sentence embeddings to those of the dense model. Neither package is imported.
     python benchmarks/pretrained.py minilm --packages PK --out benchmarks/results/pretrained.json
     python benchmarks/pretrained.py smollm2 --packages PK --arms selection,contiguous --out FILE
     python benchmarks/pretrained.py smollm2 --packages PK --arms qat --out FILE
+    python benchmarks/pretrained.py smollm2 --packages PK --arms width --out FILE
+    python benchmarks/pretrained.py minilm --packages PK --arms selection,width,prune --out FILE
 
 `selection`: submodules chosen by `selected_swap`; `contiguous`: whole layers cut, ReplaceMe-like;
-`qat`: the feed-forward blocks of the last layers calibrated and trained inside one `Trainer.fit`.
+`qat`: the feed-forward blocks of the last layers calibrated and trained inside one `Trainer.fit`;
+`width`: hidden units dropped before the swap, by two scores; `prune`: experts dropped after a short
+training towards the dense model's embeddings.
 
 Calibration text, held-out text and the text that chose the recipe share no document.
 """
@@ -52,9 +56,10 @@ from lightning_bfmoe import (  # noqa: E402
 )
 from lightning_bfmoe.calibrate import Recipe  # noqa: E402
 from lightning_bfmoe.calibrate.bypass import merged_map  # noqa: E402
+from lightning_bfmoe.calibrate.experts import prune_experts  # noqa: E402
 from lightning_bfmoe.calibrate.park import Parked  # noqa: E402
 from lightning_bfmoe.data import load_corpus  # noqa: E402
-from lightning_bfmoe.layers import ButterflyMoE  # noqa: E402
+from lightning_bfmoe.layers import ButterflyMoE, moe_layers  # noqa: E402
 from lightning_bfmoe.plan import Plan  # noqa: E402
 from lightning_bfmoe.selected import put_in  # noqa: E402
 from lightning_bfmoe.selecting import Search  # noqa: E402
@@ -213,7 +218,17 @@ def run_smollm2(args: argparse.Namespace, save) -> None:
             arm("calibrated, better half", swapped=[p for p in order if p not in worse])
             restore(model, report)
     if "selection" in args.arms:
-        select(model, data, args, arm)
+        select(model, data, args, arm, lambda m, ids: m.model(ids))
+    if "width" in args.arms:
+        last = range(len(model.model.layers) - args.last, len(model.model.layers))
+        paths = [f"model.layers.{i}.mlp" for i in last]
+
+        def loss(m, ids):
+            logits = m(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            return F.cross_entropy(logits.float(), ids[:, 1:].flatten())
+
+        forward = {"forward_fn": lambda m, ids: m.model(ids)}
+        narrower(model, data, args, arm, paths, 1024, forward, loss)
     if "contiguous" in args.arms:
         cut_layers(model, data, args, arm)
     if "qat" in args.arms:
@@ -221,6 +236,23 @@ def run_smollm2(args: argparse.Namespace, save) -> None:
 
 
 ALL = ("butterfly", "bypass", "remove")
+
+
+def narrower(model, data, args, arm, include, width, forward, loss) -> None:
+    """Blocks calibrated with all hidden units, and with fewer by each score; layer bytes."""
+    for name, fields in (
+        ("all hidden units", {}),
+        (f"{width} hidden units by their size", {"width": width}),
+        (f"{width} hidden units by the loss (HEAPr-like)", {"width": width, "loss_fn": loss}),
+    ):
+        if "loss_fn" in fields and loss is None:
+            continue
+        report, cost = calibrate(model, data, args, include=include, **forward, **fields)
+        size = report.totals()["packed_bytes"]
+        arm(f"{len(report)} blocks, {name}", packed_bytes=size, **cost)
+        restore(model, report)
+
+
 SELECTIONS = (  # name, limit (share of the submodules, or of the bytes), options, kinds
     ("all feed-forward blocks", 1.0, ("butterfly",), "feed-forward"),
     ("all feed-forward blocks, rank 8", 1.0, ("butterfly+8",), "feed-forward"),
@@ -239,11 +271,11 @@ SELECTIONS = (  # name, limit (share of the submodules, or of the bytes), option
 )
 
 
-def select(model: nn.Module, data: list, args: argparse.Namespace, arm) -> None:
+def select(model: nn.Module, data: list, args: argparse.Namespace, arm, forward) -> None:
     """Every selection from one set of moments and layers; each is put in, judged and taken out."""
     settings = Calibration(
         max_batches=None, group=args.group, progress=not args.quiet, memory=args.memory,
-        forward_fn=lambda m, ids: m.model(ids),
+        forward_fn=forward,
         recipe=Recipe(noise=args.noise, sweeps=args.sweeps, bases=tuple(args.bases.split(","))),
     )  # fmt: skip
     search = Search(model, config_of(args), settings, None, None, True)
@@ -469,8 +501,46 @@ def run_minilm(args: argparse.Namespace, save) -> None:
         arm(f"naive {scale}")
         restore(model, report)
     if "calibrated" in args.arms:
-        _, cost = calibrate(model, data, args)
+        report, cost = calibrate(model, data, args)
         arm("calibrated", **cost, tokens=cost["blocks"][0]["tokens"])
+        restore(model, report)
+    if "selection" in args.arms:
+        args.bases = args.bases if args.bases != "identity,hadamard" else "hadamard"
+        select(model, data, args, arm, None)
+    if "width" in args.arms:
+        narrower(model, data, args, arm, None, 1024, {}, None)
+    if "prune" in args.arms:
+        with torch.no_grad():
+            wanted = [model(**batch).last_hidden_state for batch in data]
+        calibrate(model, data, args)
+        arm("8 experts, calibrated")
+        losses = train_towards(model, wanted, data, args)
+        arm(f"8 experts, after {args.steps} steps", first_loss=losses[0], last_loss=losses[-1])
+        for keep in (6, 4, 2):
+            whole, model = model, copy.deepcopy(model)
+            rows = prune_experts(model, data[:8], keep=keep).layers
+            sizes = {"packed_bytes": sum(r.size_after for r in rows)}
+            arm(f"{keep} of 8 experts kept", **sizes, errors=[round(r.error, 5) for r in rows])
+            model = whole
+
+
+def train_towards(model: nn.Module, wanted: list, data: list, args: argparse.Namespace) -> list:
+    """Train the swapped layers so that token states come near the dense model's; losses."""
+    layers = [layer for _, layer in moe_layers(model)]
+    optimizer = torch.optim.AdamW([p for m in layers for p in m.parameters()], lr=args.lr)
+    losses = []
+    model.train()
+    for step in range(args.steps):
+        batch = data[step % len(data)]
+        mask = batch["attention_mask"].unsqueeze(-1)
+        miss = (model(**batch).last_hidden_state - wanted[step % len(data)]) * mask
+        loss = miss.square().sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    model.eval()
+    return losses
 
 
 def environment() -> dict:

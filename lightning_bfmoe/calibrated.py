@@ -63,7 +63,7 @@ def calibrated_swap(
 
     Args:
         model: Any module; it stays on its device.
-        data: A dataloader or any iterable of batches; a datamodule's ``train_dataloader()`` serves.
+        data: A dataloader, any iterable of batches, or a datamodule (its training loader).
         config: Settings of the layers.
         include: Paths or patterns of the blocks to swap, see `swap_feed_forward`.
         exclude: Paths or patterns to leave alone.

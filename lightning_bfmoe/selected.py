@@ -11,7 +11,7 @@ from torch import nn
 from lightning_bfmoe.calibrate import Calibration
 from lightning_bfmoe.calibrate.feed_forward import check_settings
 from lightning_bfmoe.calibrate.knapsack import parse_bytes
-from lightning_bfmoe.calibrate.selection import SelectionReport
+from lightning_bfmoe.calibrate.selection import SelectionReport, kind_of, rank_of
 from lightning_bfmoe.calibrate.streams import Submodule
 from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import ConfigError
@@ -19,7 +19,7 @@ from lightning_bfmoe.layers import ButterflyMoE
 from lightning_bfmoe.layers.bypass import LinearBypass, share_basis
 from lightning_bfmoe.layers.correction import set_correction_
 from lightning_bfmoe.layers.surgery import ReplacementPlan, Scalar, replacement
-from lightning_bfmoe.selecting import OPTIONS, Search, correction_ranks, kind_of, rank_of
+from lightning_bfmoe.selecting import OPTIONS, Search, correction_ranks
 from lightning_bfmoe.swap.build import finish_layer
 from lightning_bfmoe.swap.quiet import keep_rng
 from lightning_bfmoe.swap.report import SwapReport
@@ -116,10 +116,13 @@ def selected_swap(
     with keep_rng():
         search = Search(model, config, settings, include, exclude, attention)
         search.watch(data, options, rank, attention_rank)
+        search.warn_of_few()
         if {"butterfly", "corrected"} & set(options):
             ranks: tuple[int, ...] = ()
             if "corrected" in options:
-                asked = correction_rank or config.correction_rank or None
+                asked = correction_rank
+                if asked is None:
+                    asked = config.correction_rank or None
                 ranks = correction_ranks(asked, search.widths())
             search.fit_layers(ranks)
         chosen = search.decide(limit, options)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from lightning_bfmoe.calibrate.bypass import (
 from lightning_bfmoe.calibrate.knapsack import Option, choose
 from lightning_bfmoe.calibrate.park import Parked
 from lightning_bfmoe.calibrate.progress import Progress
-from lightning_bfmoe.calibrate.selection import Ranked, SelectionReport
+from lightning_bfmoe.calibrate.selection import Ranked, SelectionReport, kind_of
 from lightning_bfmoe.calibrate.streams import Stream, Submodule, watch_streams
 from lightning_bfmoe.calibrated import Course, Layer
 from lightning_bfmoe.config import ButterflyMoEConfig
@@ -74,6 +75,7 @@ class Search:
         self.linear: dict[str, dict[str, Bypass]] = {s.path: {} for s in self.submodules}
         self.basis: Tensor | None = None
         self.parked: dict[str, Parked] = {}
+        self.tokens: dict[str, int] = {}
         self.ranks: tuple[int, ...] = ()  # of the corrections that are offered
         self.corrections: dict[str, LowRankCorrection] = {}
         self.eps: dict[str, dict[str, float]] = {}
@@ -136,6 +138,7 @@ class Search:
     ) -> None:
         """Make of a submodule's moments what is needed, and let them go."""
         statistics = stream.moments.statistics()
+        self.tokens[s.path] = stream.moments.count
         del stream.moments
         self.measures[s.path] = linear_error(statistics), canonical_bound(statistics)
         own = self.linear[s.path]
@@ -153,6 +156,18 @@ class Search:
         self.basis = shared_basis([self.statistics[p] for p in paths], self.rank)
         for p in paths:
             self.linear[p]["bypass"] = fit_on_basis(self.statistics[p], self.basis)
+
+    def warn_of_few(self) -> None:
+        """Say which fitted maps saw fewer tokens than their moments have rows."""
+        few = [s for s in self.submodules if 0 < self.tokens.get(s.path, s.width + 1) <= s.width]
+        if few and any(s.path in self.linear and "bypass" in self.linear[s.path] for s in few):
+            s = few[0]
+            warnings.warn(
+                f"the bypass of {s.path!r} was fitted to {self.tokens[s.path]} tokens, so the "
+                f"moments of its input have a lower rank than its width; a ridge fills the rest. "
+                f"Give at least {s.width + 1} tokens, better {8 * s.width}, with more batches.",
+                stacklevel=3,
+            )
 
     def widths(self) -> set[int]:
         """The smaller width of each feed-forward block, input or output."""
@@ -279,21 +294,6 @@ class Search:
                 row.linear_error, row.canonical_bound = self.measures[s.path]
             report.submodules.append(row)
         return report
-
-
-def kind_of(name: str) -> str:
-    """The option that a chosen name belongs to.
-
-    Example:
-        >>> kind_of("butterfly+8"), kind_of("butterfly"), rank_of("butterfly+8")
-        ('corrected', 'butterfly', 8)
-    """
-    return "corrected" if "+" in name else name
-
-
-def rank_of(name: str) -> int:
-    """Rank of the correction in a chosen name; 0 without one."""
-    return int(name.partition("+")[2] or 0)
 
 
 def correction_ranks(value: int | Sequence[int] | None, widths: set[int]) -> tuple[int, ...]:

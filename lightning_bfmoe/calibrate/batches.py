@@ -22,13 +22,14 @@ class Batches:
         [False, True, False, True]
 
     Args:
-        data: A dataloader or any iterable of batches. An iterator, which can be read once only, is
-            read into memory up to `max_batches`.
+        data: A dataloader, any iterable of batches, or a datamodule, whose training loader is taken
+            after `prepare_data` and `setup`. An iterator, which can be read once only, is read into
+            memory up to `max_batches`.
         max_batches: Batches a pass (count); None for all.
         held_out: Share of the batches that judge instead of being fitted to, above 0, below 1.
 
     Raises:
-        CalibrationError: No batches, or too few to hold one out.
+        CalibrationError: No batches, too few to hold one out, or no data at all.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Batches:
                 fix="Use more and smaller batches.",
             )
         self.max_batches, self.held_out = max_batches, held_out
+        data = loader_of(data)
         if iter(data) is data:
             data = list(self._first(data))
         self.data = data
@@ -77,6 +79,26 @@ class Batches:
                 got=f"{count} batches",
                 fix="Give more and smaller batches, or raise held_out.",
             )
+
+
+def loader_of(data: Any) -> Iterable[Any]:
+    """What is read: the data, or the training loader of a datamodule.
+
+    Raises:
+        CalibrationError: It is neither.
+    """
+    if isinstance(data, Iterable):
+        return data
+    if not callable(getattr(data, "train_dataloader", None)):
+        raise CalibrationError(
+            "calibration reads a dataloader, an iterable of batches or a datamodule",
+            got=type(data).__name__,
+            fix="Pass for instance datamodule.train_dataloader(), or a list of batches.",
+        )
+    for name, arguments in (("prepare_data", ()), ("setup", ("fit",))):
+        if callable(step := getattr(data, name, None)):
+            step(*arguments)
+    return loader_of(data.train_dataloader())
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:

@@ -18,6 +18,21 @@ CORRECTED = ("tab:brown", "tab:pink", "tab:olive")
 """Colours of ButterflyMoE layers with corrections, by their ranks."""
 
 
+def kind_of(name: str) -> str:
+    """The option that a chosen name belongs to.
+
+    Example:
+        >>> kind_of("butterfly+8"), kind_of("butterfly"), rank_of("butterfly+8")
+        ('corrected', 'butterfly', 8)
+    """
+    return "corrected" if "+" in name else name
+
+
+def rank_of(name: str) -> int:
+    """Rank of the correction in a chosen name; 0 without one."""
+    return int(name.partition("+")[2] or 0)
+
+
 @dataclass
 class Ranked:
     """One submodule of a model.

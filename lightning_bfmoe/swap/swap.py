@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_bfmoe.config import ButterflyMoEConfig
-from lightning_bfmoe.errors import BFMoEError, SwapError
+from lightning_bfmoe.errors import BFMoEError, ConfigError, SwapError
 from lightning_bfmoe.layers import ButterflyExperts, ButterflyMoE
 from lightning_bfmoe.layers.bypass import LinearBypass
 from lightning_bfmoe.layers.experts import experts_arguments
@@ -22,6 +22,8 @@ from lightning_bfmoe.swap.report import SwappedBlock, SwapReport, layer_sizes, s
 from lightning_bfmoe.swap.select import Patterns, select_candidates
 
 Layer = ButterflyMoE | ButterflyExperts | LinearBypass
+_ELSEWHERE = dict.fromkeys(("budget", "sparsity", "options"), "selected_swap")
+_ELSEWHERE |= dict.fromkeys(("calibration", "width", "loss_fn"), "calibrated_swap")
 
 
 @torch.inference_mode(False)  # inference tensors could not be trained
@@ -65,6 +67,12 @@ def swap_feed_forward(
         SwapError: Nothing matches, or a chosen block cannot be swapped.
         ConfigError: A setting is out of range or unknown.
     """
+    for name in _ELSEWHERE.keys() & set(overrides):
+        raise ConfigError(
+            "a swap that looks at data is a function of its own",
+            got=f"swap_feed_forward({name}=...)",
+            fix=f"Call lightning_bfmoe.{_ELSEWHERE[name]}(model, data, {name}=...).",
+        )
     config = ButterflyMoEConfig.from_dict(
         {**(config or ButterflyMoEConfig()).to_dict(), **overrides}
     )

@@ -25,7 +25,7 @@ from lightning_bfmoe.layers import moe_layers
 from lightning_bfmoe.layers.bypass import LinearBypass, bypasses
 from lightning_bfmoe.plan import Plan
 from lightning_bfmoe.selected import selected_swap
-from lightning_bfmoe.swap import apply_swap_plan, plan_from_state_dict
+from lightning_bfmoe.swap import apply_swap_plan, plan_from_state_dict, swap_feed_forward
 from tests.calibrate.test_calibrated_swap import ids, quiet
 from tests.swap.zoo import W123, Plain, make, relative, run, state
 
@@ -293,6 +293,9 @@ def test_it_trains_and_its_checkpoint_is_loaded(tmp_path):
         ({"sparsity": 0.5, "options": ("keep",)}, "not keep alone"),
         ({"sparsity": 0.5, "options": ("merge",)}, "options name some of"),
         ({"sparsity": 0.5, "rank": 40}, "rank lies in 1 to the width 16"),
+        ({"sparsity": 0.5, "correction_rank": 17}, "correction_rank lies in 1 to the width 16"),
+        ({"sparsity": 0.5, "correction_rank": 0}, "correction_rank lies in 1 to the width 16"),
+        ({"sparsity": 0.5, "correction_rank": "8"}, "correction_rank lies in 1 to the width 16"),
     ],
 )
 def test_bad_settings_are_refused(settings, match):
@@ -308,3 +311,65 @@ def test_a_model_without_blocks_is_refused():
 def test_batches_the_model_does_not_take_say_how_to_feed_it():
     with pytest.raises(CalibrationError, match="Pass forward_fn=lambda"):
         selected_swap(Plain(W123()), [{"x": b} for b in ids()], sparsity=0.5, calibration=quiet())
+
+
+def test_ranks_to_choose_from_are_parts_of_one_fit():
+    model, _ = make("llama")
+    report = select(
+        model, sparsity=1.0, options=("corrected",), correction_rank=[8, 2, 4], attention=False
+    )
+    for row in report.submodules:
+        assert list(row.sizes) == ["keep", "butterfly", "butterfly+2", "butterfly+4", "butterfly+8"]
+        errors = [row.eps[f"butterfly+{rank}"] for rank in (2, 4, 8)]
+        assert row.eps["butterfly"] > errors[0] > errors[-1]
+        assert row.sizes["butterfly+4"] - row.sizes["butterfly"] == 2 * 4 * 64 + 4 * 4
+        layer = model.get_submodule(row.path)
+        assert row.chosen == f"butterfly+{layer.settings['correction_rank']}"
+        assert layer.correction.rank == layer.settings["correction_rank"]
+    assert "butterfly+8" in str(report)
+
+
+def test_a_budget_buys_corrections_where_they_pay():
+    options = ("butterfly", "corrected")
+    whole = select(make("llama")[0], sparsity=1.0, options=("butterfly",), attention=False)
+    size = int(whole.totals()["size_after"])
+    extra = 2 * 8 * 64 + 4 * 8
+    report = select(
+        make("llama")[0], budget=size + extra, options=options, correction_rank=8, attention=False
+    )
+    assert sorted(r.chosen for r in report.submodules) == ["butterfly", "butterfly+8"]
+    assert report.totals()["size_after"] == size + extra
+    assert report.totals()["eps"] < whole.totals()["eps"]
+    plain = next(r.path for r in report.submodules if r.chosen == "butterfly")
+    layers = {layer.placement["path"]: layer for layer, _ in report.swap.receipts}
+    assert layers[plain].correction is None
+
+
+def test_few_tokens_for_a_bypass_are_told():
+    with pytest.warns(UserWarning, match=r"fitted to \d+ tokens.*at least 17 tokens, better 128"):
+        selected_swap(
+            Plain(W123()), [b[:1, :2] for b in ids()], sparsity=1.0, options=LINEAR, rank=4,
+            calibration=quiet(),
+        )  # fmt: skip
+
+
+class Data(L.LightningDataModule):
+    """A datamodule that builds its data in `setup`."""
+
+    def setup(self, stage):
+        self.rows = torch.cat(ids())
+
+    def train_dataloader(self):
+        return DataLoader(self.rows, batch_size=8)
+
+
+def test_a_datamodule_is_read():
+    report = selected_swap(Plain(W123()), Data(), sparsity=1.0, num_experts=2, calibration=quiet())
+    assert report.submodules[0].chosen.startswith("butterfly")
+    with pytest.raises(CalibrationError, match="a dataloader, an iterable of batches or a datamod"):
+        selected_swap(Plain(W123()), None, sparsity=1.0, calibration=quiet())
+
+
+def test_a_budget_given_to_the_plain_swap_says_where_to_go():
+    with pytest.raises(ConfigError, match=r"Call lightning_bfmoe.selected_swap\(model, data, budg"):
+        swap_feed_forward(Plain(W123()), budget="40MB")
