@@ -41,14 +41,14 @@ grouped = torch.ops.bfmoe.group_cuda.default
 
 
 class _Plan:
-    """The kernels for one number of experts, with one chunk of slots or with several."""
+    """The kernels for one number of experts, with one chunk of slots (alone) or with several."""
 
-    def __init__(self, num_experts: int, alone: bool) -> None:
+    def __init__(self, num_experts: int, chunk: int, alone: bool) -> None:
         from lightning_bfmoe.kernels import triton_groups
 
         self.bins = max(1 << (num_experts - 1).bit_length(), 32)
-        self.chunk = 64 if alone else CHUNK
-        sizes = {"CHUNK": self.chunk, "BINS": self.bins, "ALONE": alone}
+        self.chunk = chunk
+        sizes = {"CHUNK": chunk, "BINS": self.bins, "ALONE": alone}
         sizes["BESIDE"] = max(2048 // self.bins, 1)
         options = {"num_warps": 4, "debug": True, "sanitize_overflow": False}  # for the assertion
         self.count = Call(triton_groups.count_kernel, sizes, **options)
@@ -56,8 +56,8 @@ class _Plan:
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(num_experts: int, alone: bool, device: torch.device) -> _Plan:
-    return _Plan(num_experts, alone)
+def _plan(num_experts: int, chunk: int, alone: bool, device: torch.device) -> _Plan:
+    return _Plan(num_experts, chunk, alone)
 
 
 @torch.library.impl("bfmoe::group_cuda", ("CUDA", "CPU"))  # the CPU under triton's interpreter only
@@ -69,8 +69,8 @@ def _grouped(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor,
     if slots == 0:
         return order, expert, back, flat.new_zeros(num_experts)
     counts = flat.new_empty(num_experts)
-    plan = _plan(num_experts, slots <= 64, flat.device)
-    chunks = -(-slots // plan.chunk)
+    chunks = -(-slots // CHUNK)
+    plan = _plan(num_experts, 64 if slots <= 64 else CHUNK, chunks == 1, flat.device)
     part = counts
     if chunks > 1:
         part = torch.empty(chunks * plan.bins, dtype=torch.int32, device=flat.device)

@@ -174,6 +174,7 @@ def check_interpreted():
         check_rows("cpu", *sizes, torch.float32, tuple(LOADS)[number % 3])
     check_groups("cpu", 1, 1, 3)
     check_groups("cpu", 8, 3, 33)
+    check_groups("cpu", 50, 2, 9)
     check_groups("cpu", 300, 2, 9)
     check_strided_and_empty("cpu")
     check_second_derivatives("cpu")
@@ -188,8 +189,13 @@ def check_compiled():
         for weighted in (False, True):
             plan = rows_cuda._Plan(width, k, weighted)
             check(plan.gather, plan.spread)
-    for experts, alone in ((8, True), (8, False), (1000, False)):
-        plan = groups_cuda._Plan(experts, alone)
+    for experts, chunk, alone in (
+        (8, 64, True),
+        (8, 256, True),
+        (8, 256, False),
+        (1000, 256, False),
+    ):
+        plan = groups_cuda._Plan(experts, chunk, alone)
         check(plan.group, *([] if alone else [plan.count]))
 
 
@@ -224,7 +230,7 @@ def test_values_and_gradients_on_a_gpu(sizes, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("experts", [1, 8, 64, 256, 1000])
 def test_groups_on_a_gpu(experts):
-    for slots, k in ((1, 1), (32, 2), (33, 2), (1000, 3), (16384, 2)):
+    for slots, k in ((1, 1), (32, 2), (33, 2), (128, 2), (257, 1), (1000, 3), (16384, 2)):
         check_groups("cuda", slots, k, experts)
     check_groups("cuda", 5000, 2, experts, torch.full((5000, 2), experts - 1))
 
