@@ -2,11 +2,21 @@
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_bfmoe import Calibration, calibrated_swap, load_packed, pack, plan_memory
+from lightning_bfmoe import (
+    ButterflyMoECallback,
+    Calibration,
+    calibrated_swap,
+    load_from_checkpoint,
+    load_packed,
+    pack,
+    plan_memory,
+)
 from lightning_bfmoe.calibrate import Moments, low_rank_correction
 from lightning_bfmoe.calibrate.correction import errors_by_rank, missed
 from lightning_bfmoe.calibrate.settings import moment_bytes
@@ -18,6 +28,7 @@ from lightning_bfmoe.layers.correction import set_correction_
 from lightning_bfmoe.layers.pruning import keep_experts_, packed_bytes
 from lightning_bfmoe.swap import apply_swap_plan, plan_from_state_dict, swap_feed_forward
 from tests.calibrate.test_calibrated_swap import ids, quiet
+from tests.calibrate.test_selected import Lit
 from tests.swap.zoo import make, relative, run
 
 
@@ -230,3 +241,31 @@ def test_a_constant_input_gives_no_correction():
         )
     assert torch.isfinite(model(torch.randn(3, 8))).all()
     assert report.calibration.blocks[0].by_rank[0] == report.calibration.blocks[0].by_rank[-1]
+
+
+def test_it_is_fitted_and_trained_inside_fit(tmp_path):
+    module, start = Lit(), {}
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer, module):
+            start.update({n: p.detach().clone() for n, p in module.named_parameters()})
+
+    ours = ButterflyMoECallback(
+        2, init="calibrated", correction_rank=2, verbose=False,
+        calibration=quiet(forward_fn=lambda m, batch: m.net(batch)),
+    )  # fmt: skip
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, callbacks=[ours, Look()],
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(torch.cat(ids()), batch_size=4))
+    assert all(b.by_rank[2] <= b.by_rank[0] for b in ours.report.calibration.blocks)
+    names = [n for n in start if ".correction." in n]
+    assert len(names) == 6
+    for name in names:
+        assert float(start[name].abs().max()) > 0
+        assert not torch.equal(module.get_parameter(name), start[name])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = load_from_checkpoint(Lit, tmp_path / "a.ckpt")
+    assert torch.equal(run(loaded.net, ids(1)[0]), run(module.net.eval(), ids(1)[0]))
