@@ -28,6 +28,8 @@ FOLDER = Path(__file__).resolve().parent
 SOURCES = FOLDER / "src"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+BADGE_MARK = "<!-- colab -->"
+NO_REPOSITORY = 'REPOSITORY = ""'
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -43,9 +45,34 @@ def target(source: Path) -> Path:
     return FOLDER / f"{source.stem}.ipynb"
 
 
-def read_source(source: Path) -> NotebookNode:
-    """A notebook without outputs, ids and metadata as they will be written."""
-    notebook = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
+def find_repository(pyproject: Path = FOLDER.parent / "pyproject.toml") -> str:
+    """Where the project is published: ``Repository`` of ``[project.urls]``; "" when nowhere."""
+    line = re.compile(r'^Repository = "(https://github\.com/[\w.-]+/[\w.-]+)"', re.M)
+    found = line.search(pyproject.read_text(encoding="utf-8"))
+    return found.group(1) if found else ""
+
+
+def colab_badge(repository: str, name: str) -> str:
+    """A badge that opens the published notebook in Colab."""
+    colab = repository.replace("https://github.com/", "https://colab.research.google.com/github/")
+    picture = "https://colab.research.google.com/assets/colab-badge.svg"
+    return f"[![Open in Colab]({picture})]({colab}/blob/main/notebooks/{name}.ipynb)"
+
+
+def read_source(source: Path, repository: str | None = None) -> NotebookNode:
+    """A notebook without outputs, ids and metadata as they will be written.
+
+    Args:
+        source: Percent format.
+        repository: Address of the published repository, for the badge and the set-up cell; "" for
+            none, so that no link leads nowhere. None takes that of pyproject.toml.
+    """
+    repository = find_repository() if repository is None else repository
+    text = source.read_text(encoding="utf-8")
+    if repository:
+        text = text.replace(BADGE_MARK, colab_badge(repository, source.stem))
+        text = text.replace(NO_REPOSITORY, f'REPOSITORY = "{repository}"')
+    notebook = jupytext.reads(text, fmt="py:percent")
     notebook.metadata = nbformat.from_dict(
         {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     )
@@ -149,12 +176,17 @@ def refresh_text(source: Path, out: Path) -> bool:
     ours, theirs = (
         [cell for cell in notebook.cells if cell.cell_type == "code"] for notebook in (fresh, built)
     )
-    if [cell.source for cell in ours] != [cell.source for cell in theirs]:
+    if [_lasting(cell.source) for cell in ours] != [_lasting(cell.source) for cell in theirs]:
         return False
     for cell, executed in zip(ours, theirs, strict=True):
         cell.outputs, cell.execution_count = executed.outputs, executed.execution_count
     nbformat.write(clean(fresh), out)
     return True
+
+
+def _lasting(code: str) -> str:
+    """Code without the address of the repository, which changes no output."""
+    return re.sub(r'^REPOSITORY = ".*?"', NO_REPOSITORY, code, flags=re.M)
 
 
 def main() -> int:

@@ -10,12 +10,16 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from notebooks.build import KERNEL, WIDGET_VIEW, read_source
+from notebooks.build import (
+    BADGE_MARK,
+    KERNEL,
+    WIDGET_VIEW,
+    colab_badge,
+    find_repository,
+    read_source,
+)
 
 MAX_BYTES = 1_500_000
-REPOSITORY = "OWNER/lightning-bfmoe"
-"""Account and name on GitHub, in badges and set-up cells. Replace OWNER everywhere in
-``notebooks/`` when the repository is published; the badges lead nowhere before that."""
 PROMISE = "**At the end you have**"
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|work|tmp|usr|opt|Users|mnt)/\w+|site-packages")
 ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
@@ -108,16 +112,18 @@ def too_large(notebook: Path) -> list[str]:
     return [f"{size / 1e6:.2f} MB, more than {MAX_BYTES / 1e6} MB"] if size > MAX_BYTES else []
 
 
-def bad_frame(built: NotebookNode, name: str) -> list[str]:
-    """It says first what the reader will have, asserts it last, and opens in Colab."""
+def bad_frame(built: NotebookNode, name: str, repository: str | None = None) -> list[str]:
+    """It says first what the reader will have, asserts it last, and opens in Colab if published."""
     found, first = [], built.cells[0]
     if first.cell_type != "markdown" or PROMISE not in first.source:
         found.append(f"the first cell is a text that says {PROMISE}")
-    badge = f"colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{name}.ipynb"
+    repository = find_repository() if repository is None else repository
+    badge = colab_badge(repository, name) if repository else BADGE_MARK
     if badge not in first.source:
-        found.append(f"no Colab badge to {badge}")
+        found.append(f"the first cell holds no {badge}")
     code = [cell for cell in built.cells if cell.cell_type == "code"]
-    if f"github.com/{REPOSITORY}" not in code[0].source or "google.colab" not in code[0].source:
+    setup = f'REPOSITORY = "{repository}"', "google.colab"
+    if not all(words in code[0].source for words in setup):
         found.append("the first code cell is the guarded install for Colab")
     if not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(code[-1].source))):
         found.append("the last code cell asserts what was promised")

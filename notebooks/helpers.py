@@ -1,4 +1,4 @@
-"""What the notebooks share and none of them is about: a look for figures, and sliders that stay.
+"""What the notebooks share and none of them is about: a look, sliders that stay, the text to read.
 
 An ipywidgets slider draws into an output that is not saved with the notebook. `slide` shows the
 picture as an ordinary image that the sliders replace, so the saved notebook keeps the first state.
@@ -6,6 +6,7 @@ picture as an ordinary image that the sliders replace, so the saved notebook kee
 
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from IPython.display import Image, display
 from matplotlib.figure import Figure
+
+from lightning_bfmoe.data.corpus import ON_THE_HUB, load_corpus, local_corpus
 
 # Okabe and Ito's colours, told apart by colour-blind readers
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -45,6 +48,24 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for hint in ("does not have many workers", r"isinstance\(treespec", "Skipping val loop"):
         warnings.filterwarnings("ignore", f".*{hint}.*")
+
+
+def choose_corpus() -> str:
+    """Name of the text to read: ``BFMOE_CORPUS``, else the one that is here without a network.
+
+    A corpus of the Hugging Face Hub is fetched now. If it cannot be had, one line says so, and the
+    local one is taken.
+    """
+    local = local_corpus()
+    name = os.environ.get("BFMOE_CORPUS", local)
+    if name not in ON_THE_HUB:
+        return name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # printed instead, since a saved notebook keeps no warning
+        corpus = load_corpus(name, fallback=local)
+    if corpus.note:
+        print(corpus.note)
+    return corpus.name
 
 
 def slide(draw: Callable[..., Figure], **controls: tuple[Sequence[Any], Any]) -> None:

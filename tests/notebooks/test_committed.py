@@ -6,7 +6,7 @@ import shutil
 import nbformat
 import pytest
 
-from notebooks import checks
+from notebooks import build, checks
 from notebooks.build import (
     FOLDER,
     SOURCES,
@@ -154,6 +154,55 @@ def test_a_layer_of_its_own_is_seen(code, wrong):
 def test_the_frame_is_checked():
     built = notebook(("print(1)", [PICTURE]))
     assert len(checks.bad_frame(built, "00_x")) == 4
+
+
+SETUP = """# %% [markdown]
+# # A
+# <!-- colab -->
+# **At the end you have** it
+
+# %%
+REPOSITORY = ""  # written by build.py
+"google.colab"
+
+# %%
+assert True
+"""
+PUBLISHED = "https://github.com/someone/lightning-bfmoe"
+
+
+def test_a_badge_is_shown_when_the_project_is_published(tmp_path):
+    source = tmp_path / "00_x.py"
+    source.write_text(SETUP)
+    private, public = read_source(source, ""), read_source(source, PUBLISHED)
+    assert "http" not in private.cells[0].source + private.cells[1].source
+    link = "colab.research.google.com/github/someone/lightning-bfmoe/blob/main/notebooks/00_x.ipynb"
+    assert f"]({'https://' + link})" in public.cells[0].source
+    assert f'REPOSITORY = "{PUBLISHED}"' in public.cells[1].source
+    assert checks.bad_frame(private, "00_x", "") == []
+    assert checks.bad_frame(public, "00_x", PUBLISHED) == []
+    assert len(checks.bad_frame(private, "00_x", PUBLISHED)) == 2
+
+
+def test_the_address_is_set_in_one_place(tmp_path, monkeypatch):
+    pyproject = tmp_path / "pyproject.toml"
+    pyproject.write_text('[project]\nname = "x"\n# Repository = "https://github.com/no/no"\n')
+    assert build.find_repository(pyproject) == ""
+    pyproject.write_text(f'[project.urls]\nRepository = "{PUBLISHED}"\n')
+    assert build.find_repository(pyproject) == PUBLISHED
+
+
+def test_publishing_keeps_the_outputs(tmp_path, monkeypatch):
+    source, out = tmp_path / "00_x.py", tmp_path / "00_x.ipynb"
+    source.write_text(SETUP)
+    built = read_source(source, "")
+    for number, cell in enumerate(built.cells[1:], start=1):
+        cell.outputs, cell.execution_count = [PICTURE], number
+    nbformat.write(built, out)
+    monkeypatch.setattr(build, "find_repository", lambda: PUBLISHED)
+    assert refresh_text(source, out)
+    again = nbformat.read(out, as_version=4)
+    assert PUBLISHED in again.cells[1].source and again.cells[1].outputs == [PICTURE]
 
 
 def test_texts_are_refreshed_and_changed_code_is_not(tmp_path):

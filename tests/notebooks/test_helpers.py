@@ -1,9 +1,10 @@
-"""Sliders replace one picture, and the first one stays in the saved notebook."""
+"""Sliders replace one picture, which stays in the saved notebook; the text is the one asked for."""
 
 import matplotlib.pyplot as plt
 import pytest
 from IPython.display import Image
 
+from lightning_bfmoe.data import hub
 from notebooks import helpers
 
 
@@ -55,3 +56,31 @@ def test_a_slider_draws_again_and_replaces_the_picture(displayed):
 def test_a_start_that_is_no_choice_is_refused(displayed):
     with pytest.raises(Exception, match="Invalid selection"):
         helpers.slide(lambda n: plt.figure(), n=(range(3), 7))
+
+
+def test_the_text_is_the_one_asked_for(monkeypatch, capsys):
+    monkeypatch.delenv("BFMOE_CORPUS", raising=False)
+    assert helpers.choose_corpus() == helpers.local_corpus()
+    monkeypatch.setenv("BFMOE_CORPUS", "stdlib")
+    assert helpers.choose_corpus() == "stdlib"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_text_of_the_hub_is_fetched_or_replaced_aloud(monkeypatch, capsys):
+    class Online:
+        def load_dataset(self, *args, split, **options):
+            return {"text": [f"{split} {index}\n" for index in range(50)]}
+
+    class Offline:
+        def load_dataset(self, *args, **options):
+            raise ConnectionError("no route")
+
+    monkeypatch.setenv("BFMOE_CORPUS", "wikitext2")
+    monkeypatch.setattr(hub, "import_datasets", Online)
+    assert helpers.choose_corpus() == "wikitext2" and capsys.readouterr().out == ""
+    monkeypatch.setattr(hub, "import_datasets", Offline)
+    monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(helpers, "local_corpus", lambda: "stdlib")
+    assert helpers.choose_corpus() == "stdlib"
+    said = "wikitext2 cannot be had from the Hugging Face Hub (ConnectionError); reading stdlib"
+    assert capsys.readouterr().out == f"{said} instead\n"
