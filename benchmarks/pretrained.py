@@ -538,7 +538,7 @@ def train_towards(model: nn.Module, wanted: list, data: list, args: argparse.Nam
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     model.eval()
     return losses
 

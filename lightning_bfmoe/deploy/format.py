@@ -11,8 +11,7 @@ Plain JSON inside the safetensors metadata (`docs/format.md` explains every fiel
      "init": {argument of the model's class: plain JSON},
      "example": null or {"inputs": [names of tensors], "output": name of a tensor}}
 
-Version 2 has no "correction", version 1 no "gains", "router", "init" and "example" either; they
-read as `_from_version_2` and `_from_version_1` say.
+Older versions read as `versions.in_present_words` says.
 """
 
 import json
@@ -35,6 +34,7 @@ from lightning_bfmoe.deploy.container import (
     read_container,
     read_tensor,
 )
+from lightning_bfmoe.deploy.versions import in_present_words, keys_of
 from lightning_bfmoe.deploy.writer import tensor_bytes, write_container
 from lightning_bfmoe.errors import PackedFileError, SwapError
 from lightning_bfmoe.layers.surgery import ReplacementPlan, check_form
@@ -184,20 +184,17 @@ def read_packed(path: str | Path) -> PackedFile:
     """
     container = read_container(Path(path))
     raw = strict_json(container.metadata.get("header", ""))
-    if container.metadata["format_version"] == "1":
-        raw = _from_version_1(raw)
-    if container.metadata["format_version"] in ("1", "2"):
-        raw = _from_version_2(raw)
+    raw = in_present_words(raw, container.metadata["format_version"])
     names = {item.name for item in fields(Header)}
     if not isinstance(raw, dict) or set(raw) != names:
-        refuse(f"the inner header has the fields {sorted(names)}", _keys(raw))
+        refuse(f"the inner header has the fields {sorted(names)}", keys_of(raw))
     for name, kind in (("tensors", dict), ("aliases", dict), ("layers", list)):
         if not isinstance(raw[name], kind):
             refuse(f"'{name}' must be a {kind.__name__}", type(raw[name]).__name__)
     if not (isinstance(raw["extra_state"], dict) and isinstance(raw["init"], dict)):
-        refuse("'extra_state' and 'init' must be dicts", _keys(raw))
+        refuse("'extra_state' and 'init' must be dicts", keys_of(raw))
     if not isinstance(raw["library"], str):
-        refuse("'library' must be text", _keys(raw))
+        refuse("'library' must be text", keys_of(raw))
     layers = [_layer(item) for item in raw["layers"]]
     paths = [layer.path for layer in layers]
     if len(set(paths)) != len(paths):
@@ -231,7 +228,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 def _tensor(name: str, raw: object, paths: list[str]) -> TensorRecord:
     if not isinstance(raw, dict) or set(raw) != {"sha256", "part", "layer"}:
-        refuse("a tensor record has sha256, part and layer", f"{name}: {_keys(raw)}")
+        refuse("a tensor record has sha256, part and layer", f"{name}: {keys_of(raw)}")
     digest, part, layer = raw["sha256"], raw["part"], raw["layer"]
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         refuse("a checksum is 64 hexadecimal digits", f"{name}: {digest!r:.80}")
@@ -243,7 +240,7 @@ def _tensor(name: str, raw: object, paths: list[str]) -> TensorRecord:
 def _layer(raw: object) -> LayerRecord:
     names = {item.name for item in fields(LayerRecord)}
     if not isinstance(raw, dict) or set(raw) != names:
-        refuse(f"a layer record has the fields {sorted(names)}", _keys(raw))
+        refuse(f"a layer record has the fields {sorted(names)}", keys_of(raw))
     if not isinstance(raw["path"], str) or raw["kind"] not in ("ButterflyMoE", "ButterflyExperts"):
         refuse("a layer has a path and a known kind", f"{raw['path']!r:.80}, {raw['kind']!r:.80}")
     for name, known in ENCODINGS.items():
@@ -267,7 +264,7 @@ def _example(raw: object, tensors: Mapping[str, TensorRecord]) -> Example | None
     if raw is None and not marked:
         return None
     if not isinstance(raw, dict) or set(raw) != {"inputs", "output"}:
-        refuse("an example has inputs and output", _keys(raw))
+        refuse("an example has inputs and output", keys_of(raw))
     inputs, output = raw["inputs"], raw["output"]
     named = [*inputs, output] if isinstance(inputs, list) else []
     texts = [name for name in named if isinstance(name, str)]
@@ -276,37 +273,10 @@ def _example(raw: object, tensors: Mapping[str, TensorRecord]) -> Example | None
     return Example(inputs, output)
 
 
-def _from_version_1(raw: Any) -> Any:
-    """The header of version 1 in the words of version 2; what is malformed stays so."""
-    if not isinstance(raw, dict) or {"init", "example"} & set(raw):
-        refuse("a header of version 1 has no init and no example", _keys(raw))
-    layers = raw.get("layers")
-    for layer in layers if isinstance(layers, list) else ():
-        if isinstance(layer, dict):
-            if {"gains", "router"} & set(layer) or layer.get("angles") not in NUMBERS[:2]:
-                refuse("a layer of version 1 has its encoding", _keys(layer))
-            layer |= {"gains": layer["angles"], "router": "float32"}
-    return {**raw, "init": {}, "example": None}
-
-
-def _from_version_2(raw: Any) -> Any:
-    """The header of version 2 in the words of version 3: no layer has a correction."""
-    layers = raw.get("layers") if isinstance(raw, dict) else None
-    for layer in layers if isinstance(layers, list) else ():
-        config = layer.get("config") if isinstance(layer, dict) else None
-        if isinstance(config, dict):
-            if "correction" in layer or "correction_rank" in config:
-                refuse("a layer of version 2 has no correction", _keys(layer))
-            layer["correction"] = "float16"
-            if layer.get("kind") == "ButterflyMoE":
-                config["correction_rank"] = 0
-    return raw
-
-
 def _check_config(config: object, kind: str) -> None:
     """The settings on which shapes depend; the layer's constructor checks all of them again."""
     if not isinstance(config, dict):
-        refuse("a layer's config is a dict", _keys(config))
+        refuse("a layer's config is a dict", keys_of(config))
     for name in ("d_model", "d_ff", "d_out", "num_experts", "stages"):
         value = config.get(name)
         if name == "stages" and name in config and value is None:
@@ -326,7 +296,3 @@ def _check_config(config: object, kind: str) -> None:
             refuse(f"a layer's {name} must be one of {choices}", f"{config.get(name)!r:.80}")
     if not isinstance(config.get("activation"), str):
         refuse("a layer's activation must be a name", f"{config.get('activation')!r:.80}")
-
-
-def _keys(raw: object) -> str:
-    return f"{sorted(raw)!r:.200}" if isinstance(raw, dict) else type(raw).__name__
