@@ -25,7 +25,7 @@ def test_notebook_05_runs_and_its_widgets_answer(watched, lab):
     page.wait_for_selector("text=Python 3 (ipykernel) | Idle")
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator('.lm-Menu-item:has-text("Run All Cells")').first.click()
-    page.wait_for_selector(f"{SHOWN} :text('All promises kept.')", timeout=120_000)
+    page.wait_for_selector(f"{SHOWN} :text('All promises kept.')", timeout=200_000)
     page.locator(".bfm-heatmap").scroll_into_view_if_needed()
     exercise(page, read_recording(root / "05.safetensors"))
 

@@ -79,7 +79,8 @@ function render({ model, el }) {
   };
   const play = element("button", { type: "button", className: "bfm-play" });
   const losses = element("canvas", { className: "bfm-losses", role: "img",
-    "aria-label": "training loss at each record" });
+    "aria-label": "training loss at each record",
+    hidden: meta.losses.filter((loss) => loss !== null).length < 2 });
   const heatmap = panel("Distance of experts", "", "heatmap", true);
   const scatter = panel("Orbit of a probe vector", "", "orbit", false);
   const wing = panel("Butterfly", "", "butterfly", false);
