@@ -117,6 +117,7 @@ def irregular_tables(
 
 @functools.lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has."""
     if device.type != "cuda":
         return 2  # under the interpreter
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,7 +1,6 @@
 """The op "experts of a packed layer for a few rows": from its parts, or fused on CUDA."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +8,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_bfmoe.functional.packing import pack_trits, unpack_trits
 from lightning_bfmoe.kernels.cuda import has_triton, on_device
+from lightning_bfmoe.kernels.cuda_plan import Call
 from lightning_bfmoe.kernels.decode_plan import (
-    LayerPlan,
     Pass,
     Product,
     Sizes,
@@ -122,7 +121,7 @@ def experts_cuda(
             numbers.append([])
             continue
         words = words_of(linear.packed, linear.d_out, linear.d_in, linear.bits)
-        numbers.append([words, linear.alpha, *linear[5:]])  # type: ignore[list-item]
+        numbers.append([words, linear.alpha, *linear[5:]])
         sizes += [linear.d_in, linear.d_out]
     return fused(x, experts, weights, *numbers, sizes, activation)
 
@@ -166,45 +165,42 @@ def _sizes(numbers: list[Tensor | None], d_in: int, d_out: int) -> Sizes:
 
 
 class _Run:
-    """One call: the buffers between the launches, and who reads which."""
+    """One call: the numbers that every launch may want."""
 
-    def __init__(self, plan: LayerPlan, x: Tensor, experts: Tensor, weights: Tensor) -> None:
-        self.plan, self.experts, self.weights = plan, experts, weights
-        self.rows, self.device = experts.numel(), x.device
+    def __init__(self, x: Tensor, experts: Tensor, weights: Tensor) -> None:
+        self.x, self.experts, self.weights = x, experts, weights
+        self.rows = experts.numel()
 
     def go(
         self, passes: list[Pass], x: Tensor, out: list[Tensor | None], into: list[Tensor | None],
         gate: Tensor | None = None, y: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The passes one after the other; `out` and `into` are the matrices before and behind."""
-        for number, one in enumerate(passes):
-            constants = one.constants
-            stages = constants["OUT_STAGES"] if constants["OUT_IRREGULAR"] else constants["IN_STAGES"]
-            tables = self.plan.tables(one.width, stages) or (self.experts, self.experts)
-            if y is not None and number == len(passes) - 1:
-                target = y
-            else:
-                target = one.result(x, self.rows)
+        """The passes one after the other; `out` and `into` are the matrices before and behind.
+
+        The last one writes to `y`, if there is one.
+        """
+        for one in passes:
+            target = one.result(x, self.rows) if y is None or one is not passes[-1] else y
             tensors = [
-                x, target, self.experts, self.weights, x if gate is None else gate, *tables,
+                x, target, self.experts, self.weights, gate,
+                *(one.tables(x.device) or (None, None)),
                 out[3], out[5], out[6], into[2], into[4],
             ]  # fmt: skip
-            given = tuple(self.experts if t is None else t for t in tensors)
-            programs = self.experts.shape[0] if constants["COMBINE"] else self.rows
-            one.call((programs, one.blocks, 1), _addresses(given), lambda t=given: t, self.rows)
+            programs = self.experts.shape[0] if one.constants["COMBINE"] else self.rows
+            self.launch(one.call, (programs, one.blocks, 1), tensors)
             x = target
         return x
 
     def times(self, product: Product, x: Tensor, numbers: list[Tensor | None]) -> Tensor:
         """The product with a matrix, as partial sums."""
         y = x.new_empty(product.splits, self.rows, product.d_out, dtype=torch.float32)
-        given: tuple[Any, ...] = (x, *numbers[:2], y)
-        product.call(product.grid(self.rows), _addresses(given), lambda: given, self.rows)
+        self.launch(product.call, product.grid(self.rows), [x, *numbers[:2], y])
         return y
 
-
-def _addresses(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple(t.data_ptr() for t in tensors)
+    def launch(self, call: Call, grid: tuple[int, int, int], tensors: list[Tensor | None]) -> None:
+        """Launch a kernel; an address that it does not read may be any."""
+        given = tuple(self.experts if t is None else t for t in tensors)
+        call(grid, tuple(t.data_ptr() for t in given), lambda: given, self.rows)
 
 
 # On the CPU this runs under triton's interpreter only; `suits_decode` never chooses it there.
@@ -230,7 +226,7 @@ def _fused(
         known[0], known[1] if gate else None, known[-1], activation, experts.shape[1], rows,
         terms, x.device, x.dtype, weights.dtype, *dtypes,
     )  # fmt: skip
-    run, hidden = _Run(plan, x, experts, weights), None
+    run, hidden = _Run(x, experts, weights), None
     roles = [matrices[1], matrices[0]] if gate else [matrices[0]]  # the gate comes first
     for numbers, (before, product, behind) in zip(roles, plan.inner, strict=True):
         rotated = run.go(before, x, numbers, numbers)
@@ -272,6 +268,6 @@ register(
         "triton",
         experts_cuda,
         suits_decode,
-        f"a packed layer for up to {MAX_ROWS} rows in a few launches; CUDA with triton, no gradient",
+        f"a packed layer for up to {MAX_ROWS} rows; CUDA with triton, no gradient",
     )
 )

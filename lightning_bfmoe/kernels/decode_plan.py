@@ -1,17 +1,17 @@
 """Decoding on CUDA: which passes a packed layer's rotations take, worked out once for its sizes."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_bfmoe.kernels.cuda_plan import Call, irregular_tables, multiprocessors
 
-ONE_TILE = 10
+ONE_TILE = 8
 """A rotation of up to this many regular stages is done in one pass, a wider one in two."""
-TILE = 512  # numbers of a tile, where a pass leaves the choice
-FEW = 8
+TILE = 128  # numbers of a tile, where a pass leaves the choice
+FEW = 2
 """Most rows of a product that is summed without tensor cores."""
 MAX_GATHERED = 3
 """Most irregular stages: each doubles the numbers that one number is made of."""
@@ -49,8 +49,8 @@ def tiles_of(width: int, stages: int) -> Tiles:
     """How a rotation of this width is cut into passes.
 
     Example:
-        >>> tiles_of(512, 9), tiles_of(8192, 13), tiles_of(768, 10)
-        (Tiles(regular=9, irregular=0, lower=9), Tiles(regular=13, irregular=0, lower=7), \
+        >>> tiles_of(256, 8), tiles_of(8192, 13), tiles_of(768, 10)
+        (Tiles(regular=8, irregular=0, lower=8), Tiles(regular=13, irregular=0, lower=7), \
 Tiles(regular=8, irregular=2, lower=8))
     """
     regular = min((width & -width).bit_length() - 1, stages)
@@ -79,22 +79,27 @@ class Pass:
         self.width, self.upper, self.whole = width, upper, whole
         self.blocks = -(-width // size)
         self.combines = False
-        self.constants = {
+        self.constants: dict[str, Any] = {
             "WIDTH": width, "SIZE": 1 << (width - 1).bit_length(), "REGULAR": tiles.regular,
             "T": size, "UPPER": upper, "LOWER_BITS": tiles.lower, "SLOTS": 1, "TOKENS": False,
             "SPLITS": 1, "OUT_FIRST": 0, "OUT_STOP": 0, "OUT_STAGES": 0, "OUT_IRREGULAR": 0,
             "IN_FIRST": 0, "IN_STOP": 0, "IN_STAGES": 0, "IN_IRREGULAR": 0, "OUT_GAIN": False,
             "BIAS": False, "ACTIVATION": "", "GATE": False, "IN_GAIN": False, "COMBINE": False,
-            "TERMS": 0, "BLOCK_IN": 0,
+            "BLOCK_IN": 0,
         }  # fmt: skip
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Partners and pairs of the irregular stages, if this pass has any."""
+        own = self.constants
+        stages = own["OUT_STAGES"] if own["OUT_IRREGULAR"] else own["IN_STAGES"]
+        if not own["OUT_IRREGULAR"] and not own["IN_IRREGULAR"]:
+            return None
+        return irregular_tables(self.width, stages, own["REGULAR"], device)
 
     def result(self, x: Tensor, rows: int) -> Tensor:
         """Where the pass writes."""
-        terms, block = self.constants["TERMS"], self.constants["BLOCK_IN"]
-        if not block:
-            return x.new_empty(rows, self.width, dtype=torch.float32)
-        dtype = torch.bfloat16 if terms else torch.float32
-        return x.new_empty(max(terms, 1), rows, -(-self.width // block) * block, dtype=dtype)
+        block = self.constants["BLOCK_IN"] or 1
+        return x.new_empty(rows, -(-self.width // block) * block, dtype=torch.float32)
 
     @functools.cached_property
     def call(self) -> Call:
@@ -165,11 +170,10 @@ def product_shape(d_in: int, d_out: int, rows: int, programs: int) -> Shape:
     Measured on an H100, see docs/benchmarks.md.
     """
     if rows <= FEW:
-        beside = min(128, 1 << (words_a_row(d_in) - 1).bit_length())
-        block_rows = min(4, 1 << (rows - 1).bit_length())
-        return Shape(block_rows, 2048 // beside, 16 * beside, -(-d_in // (16 * beside)), 4, True)
-    splits = max(1, min(programs // -(-d_out // 64), -(-d_in // 256) // 2, 8))
-    return Shape(max(16, 1 << (rows - 1).bit_length()), 64, 256, splits, 4, False)
+        beside = min(64, 1 << (words_a_row(d_in) - 1).bit_length())
+        return Shape(rows, 2048 // beside, 16 * beside, -(-d_in // (16 * beside)), 4, True)
+    splits = max(1, min(programs // -(-d_out // 128), -(-d_in // 128) // 2, 8))
+    return Shape(max(16, 1 << (rows - 1).bit_length()), 128, 128, splits, 8, False)
 
 
 class Product:
@@ -178,11 +182,12 @@ class Product:
     def __init__(self, sizes: Sizes, rows: int, terms: int, device: torch.device) -> None:
         shape = product_shape(sizes.d_in, sizes.d_out, rows, multiprocessors(device))
         self.shape, self.d_out, self.splits = shape, sizes.d_out, shape.splits
-        self.reads = {"TERMS": 0 if shape.few else terms, "BLOCK_IN": shape.block_in}
+        self.reads = {"BLOCK_IN": shape.block_in if shape.few else 0}
         self.constants = {
-            **self.reads, "D_IN": sizes.d_in, "D_OUT": sizes.d_out, "BY_ROW": sizes.by_row,
-            "WORDS": words_a_row(sizes.d_in), "SPLITS": shape.splits,
+            "D_IN": sizes.d_in, "D_OUT": sizes.d_out, "WORDS": words_a_row(sizes.d_in),
+            "BY_ROW": sizes.by_row, "SPLITS": shape.splits, "TERMS": terms,
             "BLOCK_ROWS": shape.block_rows, "BLOCK_OUT": shape.block_out,
+            "BLOCK_IN": shape.block_in,
         }  # fmt: skip
 
     def grid(self, rows: int) -> tuple[int, int, int]:
@@ -205,19 +210,17 @@ def words_a_row(d_in: int) -> int:
 
 
 class LayerPlan:
-    """All launches of a packed layer: for each matrix its passes before, its product, those behind.
+    """All launches of a packed layer.
 
-    Attributes:
-        inner: Of gate (if gated) and up: passes of the token's rotation, product, and the passes
-            that follow; those of the last one run on to the input rotation of `down`.
-        down: Product, and the passes behind it.
+    `inner` holds, of gate (if gated) and up, the passes of the token's rotation, the product, and
+    the passes that follow; those of the last one run on to the input rotation of `down`. `down`
+    holds its product and the passes behind it.
     """
 
     def __init__(
         self, up: Sizes, gate: Sizes | None, down: Sizes, activation: str, slots: int, rows: int,
         terms: int, device: torch.device,
     ) -> None:  # fmt: skip
-        self.device = device
         self.inner: list[tuple[list[Pass], Product, list[Pass]]] = []
         for role, sizes in (("gate", gate), ("up", up)):
             if sizes is None:
@@ -239,13 +242,6 @@ class LayerPlan:
         behind[0].constants["SPLITS"] = product.splits
         behind[-1].constants |= {"COMBINE": True, "SLOTS": slots}
         self.down = product, behind
-
-    def tables(self, width: int, stages: int) -> tuple[Tensor, Tensor] | None:
-        """Partners and pairs of the irregular stages, if there are any."""
-        tiles = tiles_of(width, stages)
-        if not tiles.irregular:
-            return None
-        return irregular_tables(width, stages, tiles.regular, self.device)
 
 
 @functools.lru_cache(maxsize=256)

@@ -149,9 +149,7 @@ def _routed(
 
 
 @torch.library.register_fake("bfmoe::route_cuda")
-def _(
-    logits: Tensor, k: int, balance_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, k: int, balance_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     choice = logits.new_empty(logits.shape[0], k)
     return (
         torch.empty_like(choice, dtype=torch.int64),

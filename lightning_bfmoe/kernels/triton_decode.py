@@ -146,15 +146,15 @@ def pass_kernel(
     OUT_FIRST: constexpr, OUT_STOP: constexpr, OUT_STAGES: constexpr, OUT_IRREGULAR: constexpr,
     IN_FIRST: constexpr, IN_STOP: constexpr, IN_STAGES: constexpr, IN_IRREGULAR: constexpr,
     OUT_GAIN: constexpr, BIAS: constexpr, ACTIVATION: constexpr, GATE: constexpr,
-    IN_GAIN: constexpr, COMBINE: constexpr, TERMS: constexpr, BLOCK_IN: constexpr,
+    IN_GAIN: constexpr, COMBINE: constexpr, BLOCK_IN: constexpr,
 ):  # fmt: skip
     """Program (row or token, block): what is due on one tile.
 
     In this order: read (SPLITS partial sums; of the row's token with TOKENS), irregular stages,
     stages OUT_FIRST..OUT_STOP of B(phi), gain, bias, activation, times the gate; gain, stages
     IN_STOP..IN_FIRST of B(theta)^T; write. With COMBINE a program does all SLOTS rows of its token
-    and writes their weighted sum. With BLOCK_IN it writes for the next product: in the order of
-    `place_of`, as TERMS bfloat16 numbers each, or in float32.
+    and writes their weighted sum. With BLOCK_IN it writes in the order of
+    `triton_ternary.place_of`.
     """
     PAIRS: constexpr = WIDTH // 2
     place, block = tl.program_id(0), tl.program_id(1)
@@ -200,13 +200,8 @@ def pass_kernel(
         else:
             total = x
     if BLOCK_IN == 0:
-        tl.store(p_y + place * WIDTH + column, total.to(p_y.dtype.element_ty), mask=inside)
-    else:  # for `triton_ternary`
+        at = place * WIDTH + column
+    else:
         LENGTH: constexpr = (WIDTH + BLOCK_IN - 1) // BLOCK_IN * BLOCK_IN
-        p_y += place * LENGTH + place_of(column, BLOCK_IN)
-        if TERMS == 0:
-            tl.store(p_y, total, mask=inside)
-        for term in tl.static_range(TERMS):
-            part = total.to(tl.bfloat16)
-            tl.store(p_y + term * rows * LENGTH, part, mask=inside)
-            total -= part.to(tl.float32)
+        at = place * LENGTH + place_of(column, BLOCK_IN)
+    tl.store(p_y + at, total.to(p_y.dtype.element_ty), mask=inside)

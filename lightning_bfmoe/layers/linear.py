@@ -92,7 +92,7 @@ class ButterflyLinear(KeepsFloat32):
     def packed_numbers(self) -> PackedLinear | None:
         """What a fused kernel takes; None when this is no packed layer that computes in one go.
 
-        That is one in training form, one that keeps nothing decoded, or one that rounds activations.
+        That is one in training form, one that keeps nothing decoded, one that rounds activations.
         """
         substrate = self.substrate
         if isinstance(substrate, Substrate) or not substrate.keeps or self.activation_bits:

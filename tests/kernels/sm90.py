@@ -10,7 +10,8 @@ import tempfile
 TYPES = {
     "p_weights": "*fp32", "p_back": "*i64", "p_dot": "*fp32", "p_choice": "*i64", "p_part": "*i32",
     "p_order": "*i64", "p_expert": "*i64", "p_counts": "*i64", "p_weight": "*fp32",
-    "p_parts": "*fp32", "p_blend": "*fp32",
+    "p_parts": "*fp32", "p_blend": "*fp32", "p_experts": "*i64", "p_partner": "*i32",
+    "p_pair": "*i32", "p_words": "*i32",
 }  # fmt: skip
 
 
