@@ -81,3 +81,12 @@ def test_a_step_is_bounded_and_its_trouble_is_one_line():
     loud = "print('one'); print('E: no such package'); print('end'); raise SystemExit(3)"
     assert tools.attempt("c", [*PYTHON, loud], 30) == "c: E: no such package"
     assert tools.attempt("d", ["/no/such/program"], 30).startswith("d: [Errno 2]")
+
+
+def test_packages_of_the_system_are_left_alone_without_root(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("ran a command")
+
+    monkeypatch.setattr(tools.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(tools, "attempt", refuse)
+    assert tools.install_debians() == "Debian's chromium: needs Debian and root"
