@@ -38,6 +38,7 @@ from lightning_bfmoe.swap.report import skipped_rows
 from lightning_bfmoe.swap.select import Patterns, select_candidates
 from lightning_bfmoe.swap.swap import describe_block
 
+ROUTED = "its experts have a router of their own; swap_feed_forward takes them"
 OPTIONS = ("keep", "butterfly", "corrected", "bypass", "remove")
 
 
@@ -57,13 +58,13 @@ class Search:
         self.model, self.config, self.settings = model, config, settings
         found = find_feed_forward(model)
         chosen = select_candidates(model, found, include, exclude)
-        blocks = [c for c in chosen if not c.experts]
-        self.skipped = skipped_rows(c for c in found if not any(c is taken for taken in blocks))
-        self.blocks: dict[str, Candidate] = {c.path: c for c in blocks}
+        self.skipped = skipped_rows(c for c in found if not any(c is taken for taken in chosen))
+        self.blocks: dict[str, Candidate] = {c.path: c for c in chosen}
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
         self.submodules = [
-            Submodule(c.path, "feed-forward", c.block.d_model, c.block)
-            for c in blocks if c.block is not None
+            Submodule(c.path, "feed-forward", c.block.d_model, c.block,
+                      refused=ROUTED if c.experts else "")
+            for c in chosen if c.block is not None
         ]  # fmt: skip
         if attention:
             self.submodules += find_attention(model, self._width)
@@ -122,12 +123,14 @@ class Search:
                     if not stream.refused:
                         self.digest(s, stream, options, attention_rank)
                     progress.block()
-        first = next((s for s in self.submodules if s.kind == "attention"), None)
-        if first is not None and keeps_cache(self.model.get_submodule(first.path)):
-            self.streams[first.path].refused = self.streams[first.path].refused or CACHED
+        attention = [s.path for s in self.submodules if s.kind == "attention"]
+        cached = [p for p in attention if keeps_cache(self.model.get_submodule(p))][:1]
+        for path in cached:
+            self.streams[path].refused = self.streams[path].refused or CACHED
         open_ = [s for s in self.submodules if not self.streams[s.path].refused]
-        if self.rank:
-            self.share([s.path for s in open_ if s.kind == "feed-forward"])
+        blocks = [s.path for s in open_ if s.kind == "feed-forward"]
+        if self.rank and blocks:
+            self.share(blocks)
         for s in open_:
             fits = self.linear[s.path].items()
             eps = {name: self.streams[s.path].eps(fit) for name, fit in fits}
@@ -171,7 +174,7 @@ class Search:
 
     def widths(self) -> set[int]:
         """The smaller width of each feed-forward block, input or output."""
-        blocks = [c.block for c in self.blocks.values() if c.block is not None]
+        blocks = [c.block for c in self.blocks.values() if c.block is not None and not c.experts]
         return {min(b.d_model, b.d_out) for b in blocks}
 
     def fit_layers(self, ranks: Sequence[int] = ()) -> None:

@@ -8,14 +8,15 @@ import transformers
 from torch import nn
 
 from lightning_bfmoe import load_packed, pack, restore
-from lightning_bfmoe.calibrate.attention import INSIDE, SECOND, find_attention, keeps_cache
+from lightning_bfmoe.calibrate.attention import CACHED, INSIDE, SECOND, find_attention, keeps_cache
 from lightning_bfmoe.calibrate.observe import evaluating
 from lightning_bfmoe.calibrate.streams import watch_streams
 from lightning_bfmoe.layers.bypass import LinearBypass, bypasses
+from lightning_bfmoe.selecting import ROUTED
 from lightning_bfmoe.swap import apply_swap_plan, plan_from_state_dict
 from tests.calibrate.test_calibrated_swap import ids, quiet
 from tests.calibrate.test_selected import LINEAR, rows_of, select
-from tests.swap.zoo import SIZES, W123, Plain, TorchStack, make, relative, run, state
+from tests.swap.zoo import SIZES, W123, Plain, TorchStack, make, mixtral, relative, run, state
 
 
 def build(name):
@@ -168,3 +169,20 @@ def test_a_selected_encoder_is_packed(tmp_path):
     apply_swap_plan(fresh, report.plan())
     load_packed(tmp_path / "m.bfmoe", fresh)
     assert relative(run(fresh, ids(1)[0]), run(model, ids(1)[0])) < 1e-6
+
+
+def test_in_an_encoder_decoder_the_decoders_first_is_kept():
+    report = select(make("bart")[0], sparsity=1.0, options=LINEAR, dry_run=True)
+    kept = {r.path: r.note for r in report.submodules if r.chosen == "keep"}
+    assert kept["decoder.layers.0.self_attn"] == CACHED
+    assert kept["decoder.layers.0.encoder_attn"] == "it reads a second stream"
+    assert "encoder.layers.0.self_attn" not in kept
+
+
+def test_experts_with_a_router_of_their_own_are_listed_and_their_attention_ranked():
+    model = mixtral().eval()
+    report = select(model, sparsity=1.0, attention_rank=4, dry_run=True)
+    rows = {(r.kind, r.chosen): r for r in report.submodules}
+    assert rows["feed-forward", "keep"].note == ROUTED
+    assert rows["attention", "bypass"].eps["bypass"] < 1
+    assert ROUTED in " ".join(str(report).split())
