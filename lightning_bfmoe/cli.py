@@ -42,6 +42,7 @@ def plan(
     router_bits: int = 32,
     trit_bits: float = 1.6,
     gains: bool = False,
+    correction_rank: int = 0,
     paper_convention: bool = False,
     device: str | None = None,
     ram: str | None = None,
@@ -67,6 +68,7 @@ def plan(
         router_bits: 32, or 16 (`bfmoe pack --rest bf16`).
         trit_bits: 1.6 or 2.
         gains: Per-expert diagonal gains.
+        correction_rank: Rank of a low-rank correction beside each layer, fp16.
         paper_convention: Count as the paper does (one matrix, 1.58 bit, no router, no scales).
         device: Also count a whole language model on these devices, comma-separated, e.g.
             rpi5,jetson-nano: the experts per layer that fit beside all else.
@@ -84,7 +86,7 @@ def plan(
     settings: dict[str, Any] = {
         "gated": gated, "layers": layers, "angle_bits": angle_bits,
         "gain_bits": gain_bits, "router_bits": router_bits, "trit_bits": trit_bits, "gains": gains,
-        "paper_convention": paper_convention,
+        "correction_rank": correction_rank, "paper_convention": paper_convention,
     }  # fmt: skip
     console = Console()
     top_k = min(top_k, num_experts)  # no byte depends on it

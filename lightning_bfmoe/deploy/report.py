@@ -155,9 +155,11 @@ class PackedSummary:
 
 
 def _stored_as(record: LayerRecord) -> str:
-    """Encodings in few words: trits, angles, router, gains where there are some."""
+    """Encodings in few words: trits, angles, router, gains and corrections where there are some."""
     gains = f", {record.gains} gains" if record.config["gains"] else ""
-    return f"{record.bits}-bit trits, {record.angles} angles, {record.router} router{gains}"
+    rank = record.config.get("correction_rank", 0)
+    beside = f", corrections of rank {rank} in {record.correction}" if rank else ""
+    return f"{record.bits}-bit trits, {record.angles} angles, {record.router} router{gains}{beside}"
 
 
 class PackReport(PackedSummary):
