@@ -48,7 +48,7 @@ class Ranked:
         one_minus_cosine: Mean of 1 - cos(r, r + F).
         norm_ratio: Mean of |F| / |r|.
         linear_error: What a full linear map of its input misses, over the variance of F (weighted).
-        canonical_bound: NBL's bound, relative to the variance of F + x.
+        canonical_bound: NBL's bound over the variance of F + x; a sum over directions, 0 to d.
         note: Why it was kept, if it could not be replaced; or that it has no norm before it.
     """
 
@@ -129,7 +129,7 @@ class SelectionReport:
         totals = self.totals()
         caption = (
             f"{self.limit}; {_mb(totals['size_before'])} > {_mb(totals['size_after'])} MB\n"
-            "eps: held-out squared error over that of the residual stream behind it; "
+            "by option: eps, held-out squared error over the residual stream's square behind it; "
             "1-cos, |F|/|r|: mean; linear: what a full linear map misses of F"
         )
         groups: dict[str, list[str]] = {}
@@ -141,10 +141,12 @@ class SelectionReport:
             caption += f"\nkept: {', '.join(paths[:2])}{others}: {note}"
         names = self._options()
         table = Table(title="Selection", caption=caption, box=SIMPLE_HEAD)
-        columns = ("submodule", "chosen", "MB", *(f"eps {n}" for n in names))
+        heads = [n[n.index("+") :] if "+" in n else n for n in names]  # "+8" behind "butterfly"
+        columns = ("submodule", "chosen", "MB", *heads)
         for name in (*columns, "1-cos", "|F|/|r|", "linear"):
             left = name in ("submodule", "chosen")
-            table.add_column(name, justify="left" if left else "right", overflow="fold")
+            justify: Any = "left" if left else "right"
+            table.add_column(name, justify=justify, no_wrap=left, min_width=len(name))
         for r in self.submodules:
             eps = [f"{r.eps[n]:.4f}" if n in r.eps else "-" for n in names]
             numbers = (r.one_minus_cosine, r.norm_ratio, r.linear_error)
