@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed import StandardMoE, grouped
+from benchmarks.speed_peers import StandardMoE, grouped
 from lightning_bfmoe.functional.packing import packed_size, unpack_trits
 from lightning_bfmoe.functional.ternary import dequantize_ternary
 from lightning_bfmoe.kernels import ternary_linear
@@ -26,7 +26,7 @@ def gathered(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 class StandardRows(nn.Module):
-    """`benchmarks.speed.StandardMoE` in a model of (batch, time, width), by its fastest product."""
+    """`benchmarks.speed_peers.StandardMoE` in a model of (batch, time, width), by its fastest product."""
 
     def __init__(self, d: int, d_ff: int, experts: int, k: int) -> None:
         super().__init__()
