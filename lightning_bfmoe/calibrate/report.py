@@ -36,8 +36,9 @@ class CalibrationReport:
         caption = (
             f"{self.passes} passes over the data, {self.seconds:.0f} s\n"
             "errors: squared, relative, on held-out tokens; output: of the whole block, centred"
-            "; a > b: without and with its low-rank correction"
         )
+        if any(block.by_rank for block in self.blocks):
+            caption += "; a > b: without and with its low-rank correction"
         table = Table(title="Calibration", caption=caption, box=SIMPLE_HEAD)
         for name in ("block", "tokens", "up", "gate", "down", "ridge", "output"):
             table.add_column(name, justify="left" if name == "block" else "right", overflow="fold")
