@@ -176,7 +176,8 @@ def calibrate(model: nn.Module, data: list, args: argparse.Namespace, **changes)
 
 def config_of(args: argparse.Namespace, **changes) -> ButterflyMoEConfig:
     """The layers' settings."""
-    fields = {"num_experts": args.experts, "top_k": 2, "gains": args.gains, **changes}
+    fields = {"num_experts": args.experts, "top_k": 2, "gains": args.gains}
+    fields |= {"correction_rank": args.correction, **changes}
     return ButterflyMoEConfig(**fields)
 
 
@@ -443,7 +444,7 @@ def train_last(model: nn.Module, data: list, args: argparse.Namespace, judge, ar
     originals = [layer.mlp for layer in tail.layers]
     ours = ButterflyMoECallback(
         init="calibrated", calibration_batches=len(batches), plan=plans[args.plan],
-        num_experts=args.experts, top_k=2,
+        num_experts=args.experts, top_k=2, correction_rank=args.correction,
     )  # fmt: skip
     trainer = L.Trainer(
         accelerator="cpu" if args.device == "cpu" else "gpu", devices=1,
@@ -593,6 +594,7 @@ def main() -> None:
     )
     parser.add_argument("--rank", type=int, help="of the shared basis of bypasses")
     parser.add_argument("--attention-rank", type=int)
+    parser.add_argument("--correction", type=int, default=0, help="rank, where nothing is chosen")
     parser.add_argument("--corrections", type=int, nargs="*", default=[8, 32], help="their ranks")
     parser.add_argument("--cut", type=int, default=7, help="layers of the contiguous baseline")
     parser.add_argument("--figure", type=Path, help="picture of a selection")
