@@ -5,7 +5,8 @@
 Grouping, dispatch, combine and the ternary blend, forward and backward, each against its definition
 in plain PyTorch (first the numbers, then the times). The ideal is the bytes that must be read and
 written once, at the rate of a large device copy. Times are medians of CUDA-graph replays, caches
-flushed (without a graph for the definitions' backward passes). `tests/kernels/test_rows_cuda.py` and `test_quantize_cuda.py` hold the full checks.
+flushed (without a graph for the definitions' backward passes). The full checks are in
+`tests/kernels/test_rows_cuda.py` and `test_quantize_cuda.py`.
 """
 
 import argparse

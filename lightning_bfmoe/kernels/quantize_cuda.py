@@ -15,14 +15,14 @@ from lightning_bfmoe.kernels.cuda import has_triton, on_device
 from lightning_bfmoe.kernels.cuda_plan import Call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_SORTED = 8192  # a longer row does not fit one program's registers while it is sorted
+MAX_SEARCHED = 16384  # a longer row does not fit one program's registers
 _PARTS = 1024  # shares of the sum over a whole matrix
 
 
 def suits_quantize(
     weight: Tensor, blend: Tensor, scale: str, granularity: str, dtype: torch.dtype
 ) -> bool:
-    """A float32 matrix on CUDA, with triton; least squares by row, rows up to `MAX_SORTED`."""
+    """A float32 matrix on CUDA, with triton; least squares by row, rows up to `MAX_SEARCHED`."""
     return (
         weight.is_cuda
         and blend.is_cuda
@@ -31,7 +31,7 @@ def suits_quantize(
         and weight.numel() > 0
         and dtype in DTYPES
         and (scale, granularity) in (("absmean", "row"), ("absmean", "tensor"), ("lstsq", "row"))
-        and (scale == "absmean" or weight.shape[1] <= MAX_SORTED)
+        and (scale == "absmean" or weight.shape[1] <= MAX_SEARCHED)
         and has_triton()
     )
 
@@ -54,16 +54,20 @@ class _Plan:
     """The launches for one shape of matrix."""
 
     def __init__(self, d_out: int, d_in: int, scale: str, by_row: bool) -> None:
+        from lightning_bfmoe.kernels import triton_lstsq
         from lightning_bfmoe.kernels import triton_quantize as kernels
 
-        columns = min(1 << (d_in - 1).bit_length(), 8192)
+        whole = 1 << (d_in - 1).bit_length()
+        columns = min(whole, 8192)
         strict = {"enable_fp_fusion": False}  # the definition rounds every product
         self.rows = max(2048 // columns, 1)
         sizes = {"D": d_in, "COLUMNS": columns, "ROWS": self.rows, "EPS": ABSMEAN_FLOOR}
         sizes["PIECES"] = -(-d_in // columns)
         warps = max(min(columns // 512, 8), 4)
         if scale == "lstsq":
-            self.run = Call(kernels.lstsq_rows_kernel, sizes, num_warps=warps, **strict)
+            sizes |= {"COLUMNS": whole, "PIECES": 8}
+            warps = max(whole // 1024, 1)
+            self.run = Call(triton_lstsq.lstsq_rows_kernel, sizes, num_warps=warps, **strict)
         elif by_row:
             self.run = Call(kernels.absmean_rows_kernel, sizes, num_warps=warps, **strict)
         else:

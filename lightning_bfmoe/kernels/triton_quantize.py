@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _blended(w, keep, alpha, p_blend):
+def blended(w, keep, alpha, p_blend):
     """The blend w + lambda (alpha T - w), exactly alpha T at lambda 1; T is not 0 where `keep`."""
     blend = tl.load(p_blend).to(tl.float32)
     target = alpha * tl.where(keep, tl.where(w < 0, -1.0, 1.0), 0.0)
@@ -50,7 +50,7 @@ def absmean_rows_kernel(
         at = row[:, None] * D + column[None, :]
         if PIECES > 1:
             w = tl.load(p_weight + at, mask=mask, other=0.0)
-        out = _blended(w, tl.abs(w) > 0.5 * alpha, alpha, p_blend)
+        out = blended(w, tl.abs(w) > 0.5 * alpha, alpha, p_blend)
         tl.store(p_out + at, out.to(p_out.dtype.element_ty), mask=mask)
 
 
@@ -76,27 +76,5 @@ def absmean_tensor_kernel(
     alpha = _floored(tl.div_rn(total, 1.0 * NUMBERS), EPS)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     w = tl.load(p_weight + at, mask=at < NUMBERS, other=0.0)
-    out = _blended(w, tl.abs(w) > 0.5 * alpha, alpha, p_blend)
+    out = blended(w, tl.abs(w) > 0.5 * alpha, alpha, p_blend)
     tl.store(p_out + at, out.to(p_out.dtype.element_ty), mask=at < NUMBERS)
-
-
-@triton.jit
-def lstsq_rows_kernel(p_weight, p_blend, p_out, D: tl.constexpr, COLUMNS: tl.constexpr):
-    """The exact least-squares scale of one row: sorted here, in registers and shared memory."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, COLUMNS)
-    w = tl.load(p_weight + row * D + column, mask=column < D, other=0.0)
-    size = tl.abs(w)
-    ordered = tl.sort(tl.where(column < D, size, -1.0), descending=True)  # fillers come last
-    total = tl.cumsum(tl.where(column < D, ordered, 0.0), axis=0)
-    count = (column + 1).to(tl.float32)
-    gain = tl.where(column < D, tl.div_rn(total * total, count), -1.0)
-    best = tl.argmax(gain, axis=0)
-    chosen = column == best
-    alpha = tl.div_rn(tl.sum(tl.where(chosen, total, 0.0), axis=0), (best + 1).to(tl.float32))
-    threshold = tl.sum(tl.where(chosen, ordered, 0.0), axis=0)
-    spoilt = tl.sum(size, axis=0)
-    alpha = tl.where(spoilt == spoilt, alpha, spoilt)  # NaN in the row: NaN is its scale
-    keep = (size >= threshold) & (w != 0)
-    out = _blended(w, keep, alpha, p_blend)
-    tl.store(p_out + row * D + column, out.to(p_out.dtype.element_ty), mask=column < D)
