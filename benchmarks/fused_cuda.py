@@ -49,7 +49,7 @@ def milliseconds(function: Callable[[], object], graphed: bool = True) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes per second, read and written, of a large copy: the best of two sizes, graphed or not."""
+    """Bytes per second, read and written, of a copy: the best of two sizes, graphed or not."""
     best = 0.0
     for size in (2**29, 2**30):
         x = torch.zeros(size, dtype=torch.int8, device="cuda")
