@@ -54,7 +54,7 @@ class Butterfly(nn.Module):
     def plain(self, x: Tensor) -> Tensor:
         """Stage by stage and pass by pass."""
         with contextlib.ExitStack() as stack:
-            for op in ("rotate", "group", "dispatch", "combine", "quantize"):
+            for op in ("rotate", "group", "dispatch", "combine", "quantize", "route", "logits"):
                 stack.enter_context(kernels.use_kernel(op, "reference"))
             return self.layer(x)
 
@@ -96,8 +96,8 @@ class Dense(nn.Module):
 class StandardMoE(nn.Module):
     """Experts of their own, rows sorted by expert, one grouped product a matrix.
 
-    On CUDA sorting, dispatch and combine are our fused kernels, so that it is as fast as we can
-    make it.
+    On CUDA the choice, sorting, dispatch and combine are our fused kernels, so that it is as fast
+    as we can make it.
     """
 
     def __init__(self, d: int, d_ff: int, experts: int, k: int, dtype: torch.dtype) -> None:
@@ -111,7 +111,7 @@ class StandardMoE(nn.Module):
         """(tokens, d) to (tokens, d)."""
         if not x.is_cuda:
             return self.plain(x)
-        choice = route_top_k(self.router(x).float(), self.k)
+        choice, _ = kernels.route(self.router(x).float(), self.k, None)
         groups = kernels.group_by_expert(choice.experts, self.experts)
         ends = groups.counts.cumsum(0).int()
         rows = kernels.dispatch_rows(x, groups, self.k)
