@@ -26,7 +26,7 @@ def gathered(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 class StandardRows(nn.Module):
-    """`benchmarks.speed_peers.StandardMoE` in a model of (batch, time, width), by its fastest product."""
+    """`speed_peers.StandardMoE` in a model of (batch, time, width), by its fastest product."""
 
     def __init__(self, d: int, d_ff: int, experts: int, k: int) -> None:
         super().__init__()
