@@ -14,6 +14,7 @@ def group_by_expert(experts: Tensor, num_experts: int) -> ExpertGroups:
     """`functional.group_by_expert`, by the fastest kernel; all give the same groups.
 
     Example:
+        >>> import torch
         >>> group_by_expert(torch.tensor([[1, 0], [0, 1]]), 2).order.tolist()
         [1, 2, 0, 3]
 
