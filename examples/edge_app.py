@@ -5,6 +5,8 @@ python examples/edge_app.py edge --prompt "To be" --temperature 0
 """
 
 import argparse
+import contextlib
+import ctypes
 import hashlib
 import json
 import re
@@ -31,10 +33,13 @@ def load(folder, threads=0, library=None):
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.enable_mem_pattern = False  # it keeps memory for every length
     if library is not None:
         options.register_custom_ops_library(str(library.resolve()))
     graph = "model.onnx" if library is None else "model_ops.onnx"
     session = onnxruntime.InferenceSession(folder / graph, options)
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc keeps what is freed
+        ctypes.CDLL(None).malloc_trim(0)
     if settings["tokenizer"] == "bytes":
         return settings, session, None
     from tokenizers import Tokenizer

@@ -2,6 +2,7 @@
 
 import sys
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from lightning_bfmoe.deploy.onnx_export.graph import to_onnx, write_graph
 from lightning_bfmoe.deploy.onnx_export.layer import ExportedRotation, replace_layers
 from lightning_bfmoe.deploy.onnx_export.lower import FEW_ROWS
 from lightning_bfmoe.deploy.onnx_export.ops import code_trits, product
+from lightning_bfmoe.deploy.onnx_export.rotate import ROWS_AN_EXPERT
 from lightning_bfmoe.deploy.onnx_export.runner import open_session
 from lightning_bfmoe.functional.butterfly import apply_butterfly, num_pairs, num_stages
 from lightning_bfmoe.layers import ButterflyMoE, CodedRotation, Rotation
@@ -114,12 +116,31 @@ def export(folder, module, example, products="2bit"):
 
 def test_rotations_as_onnx_nodes(tmp_path):
     kinds = ("fp16", "int8", "int4", "fp32")
-    cases = [(rotation(d, kinds[i % 4]), d, i % 2 == 0) for i, d in enumerate((8, 12, 7, 20, 7, 2))]
+    widths = (8, 12, 7, 20, 2, 32, 32, 24)
+    cases = [(rotation(d, kinds[i % 4]), d, i % 2 == 0) for i, d in enumerate(widths)]
+    cases.append((rotation(12, "fp16", stages=2), 12, True))
+    cases.append((rotation(32, "int4", stages=3), 32, False))
     module = Rotations(cases)
-    x = 3 * torch.randn(9, 20)
+    many = ROWS_AN_EXPERT * EXPERTS
+    x = 3 * torch.randn(many + 3, 32)
     folder = export(tmp_path / "rotations", module, x[:2])
-    for rows, found in zip((x, x[:1]), run(folder, module, x, x[:1]), strict=True):
-        torch.testing.assert_close(found, module(rows), rtol=1e-5, atol=1e-5)
+    # some rows, and so many that blocks are made; the last of them for two experts alone
+    sets = [x[:0], x[:1], x[: many - 1], x[:many], x, x.abs()]
+    sets[-1][:, 0] = sets[-1][:, 0].long() % 2
+    for rows, found in zip(sets, run(folder, module, *sets), strict=True):
+        torch.testing.assert_close(found, module(rows), rtol=1e-5, atol=2e-5)
+
+
+def test_rotations_permute_no_table_and_keep_no_factors(tmp_path):
+    module = Rotations([(rotation(64, "fp16"), 64, True), (rotation(64, "fp16"), 64, False)])
+    folder = export(tmp_path / "rotations", module, torch.randn(2, 64))
+    graph = onnx.load(folder / "model.onnx").graph
+    tables = {name.name for name in graph.initializer if list(name.dims) == [EXPERTS, 6, 32]}
+    assert len(tables) == 2
+    inside = [graph, *(a.g for n in graph.node for a in n.attribute if a.type == a.GRAPH)]
+    for part in inside:  # a constant expression over a table would be kept by the session
+        readers = [node for node in part.node if tables & set(node.input)]
+        assert all(node.op_type == "Gather" for node in readers)
 
 
 @pytest.mark.parametrize("products", ["2bit", "int8", "both"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,6 +60,34 @@ class Builder:
         """0 keeps the size of an axis, -1 fills."""
         value: ir.Value = self("Reshape", x, self.const(list(shape)))
         return value
+
+
+def choose(
+    b: Builder, number: Any, forms: Sequence[tuple[int, Callable[[Builder], Any]]]
+) -> ir.Value:
+    """The first form whose bound a number does not exceed, the last one else; when the graph runs.
+
+    Args:
+        b: Takes the nodes.
+        number: A scalar of the graph.
+        forms: Bound, and what adds a form's nodes to a builder and returns its value, float32.
+    """
+    (bound, first), *others = forms
+    if not others:
+        value: ir.Value = first(b)
+        return value
+    few, many = (Builder(b.graph, f"{b.prefix}/{name}") for name in (f"to{bound}", "more"))
+    branches = {
+        "then_branch": _subgraph(few, first(few)),
+        "else_branch": _subgraph(many, choose(many, number, others)),
+    }
+    chosen: ir.Value = b("If", b("LessOrEqual", number, b.const(bound)), **branches)
+    return chosen
+
+
+def _subgraph(b: Builder, output: ir.Value) -> ir.Graph:
+    output.type = b.ir.TensorType(b.ir.DataType.FLOAT)
+    return b.ir.Graph([], [output], nodes=b.nodes, name=b.prefix)
 
 
 def _digest(array: np.ndarray) -> str:
