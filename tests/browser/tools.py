@@ -9,6 +9,7 @@ shown a page. What was tried is kept in the environment, where the tests read it
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -145,7 +146,8 @@ def main() -> int:
         report["tried"].append(trouble)
     else:
         get_browser(report)
-    REPORT.write_text(json.dumps(report, indent=1) + "\n")
+    with contextlib.suppress(OSError):  # an environment of somebody else's: said here only
+        REPORT.write_text(json.dumps(report, indent=1) + "\n")
     seconds = time.monotonic() - started
     if report["browser"] is not None:
         print(f"browser: {report['words']}, driven by playwright; {seconds:.0f} s")
