@@ -26,6 +26,8 @@ FORMS = {
     "ours fp16 angles": {"angles": "fp16"}, "ours int8 angles": {"angles": "int8"},
     "ours int8 angles, bf16 rest": {"angles": "int8", "rest": "bf16"},
     "ours int8 angles, low memory": {"angles": "int8", "low_memory": True},
+    "standard MoE 4 bit, onnx": {"onnx": True, "qmoe": 4},
+    "standard MoE ternary, onnx": {"onnx": True, "qmoe": 2},
     "ours onnx": {"angles": "int8", "onnx": True},
 }  # fmt: skip
 
@@ -86,6 +88,14 @@ def to_nf4(model: nn.Module) -> None:
 def write(size: str, form: dict[str, Any], path: Path) -> int:
     """The model's file; its bytes."""
     model = build(size, form)
+    if "qmoe" in form:
+        from benchmarks.deploy_onnx import QuantizedMoE, export_standard
+
+        width, _, experts, k, _, vocabulary, context, _ = SIZES[size]
+        for block in model.blocks:
+            block.mlp = QuantizedMoE(width, 4 * width, experts, k, form["qmoe"])
+        export_standard(model, vocabulary, context, path)
+        return sum(item.stat().st_size for item in path.iterdir())
     if "angles" in form:
         _, _, experts, k, *_ = SIZES[size]
         swap_feed_forward(model, num_experts=experts, top_k=k, angle_std=0.5)
