@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from lightning_bfmoe import ButterflyMoE, export_onnx  # noqa: E402
 from lightning_bfmoe.deploy.onnx_export.runner import OnnxModel, find_library  # noqa: E402
 
-TOKENS = (1, 2, 4, 8, 64)
+TOKENS = (1, 2, 4, 8, 64, 128)
 VISITED = {1: 2, 8: 14}  # tokens -> different experts of a standard MoE
 MIB = 2**20
 
@@ -79,14 +79,15 @@ def ours(model, folder, library, seconds):
             files = sum(path.stat().st_size for path in folder.iterdir())
             row |= {"error": error, "folder_mib": files / MIB}
             if Path("/proc/self/status").exists():
-                row["resident_mib"] = resident(folder, chosen)
+                row["resident_mib"] = resident(folder, chosen, 1)
+                row["resident_mib_64"] = resident(folder, chosen, 64)
             rows[f"ButterflyMoE, {name}, {products}"] = row
             print(f"ButterflyMoE, {name}, {products}", row, flush=True)
     return rows
 
 
 RESIDENT = """
-import sys
+import ctypes, sys
 from pathlib import Path
 import numpy, onnxruntime
 def resident():
@@ -94,20 +95,25 @@ def resident():
     return next(int(x.split()[1]) for x in lines if x.startswith("VmRSS")) / 1024
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads, options.log_severity_level = 1, 3
+options.enable_mem_pattern = False  # as examples/edge_app.py does
 before = resident()
 if sys.argv[2]:
     options.register_custom_ops_library(sys.argv[2])
 session = onnxruntime.InferenceSession(sys.argv[1], options)
+if hasattr(ctypes.CDLL(None), "malloc_trim"):
+    ctypes.CDLL(None).malloc_trim(0)
+ids = numpy.random.default_rng(0).integers(0, 256, (1, int(sys.argv[3])))
 for _ in range(3):
-    session.run(None, {"input_ids": numpy.zeros((1, 1), numpy.int64)})
+    session.run(None, {"input_ids": ids})
 print(resident() - before)
 """
 
 
-def resident(folder, library):
+def resident(folder, library, tokens):
     """MiB that a process without torch grows by when it loads and runs the graph (Linux only)."""
     graph = folder / ("model_ops.onnx" if library else "model.onnx")
     command = [sys.executable, "-c", RESIDENT, graph, str(library and Path(library).resolve())]
+    command.append(str(tokens))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)
 

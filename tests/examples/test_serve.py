@@ -185,6 +185,24 @@ def test_an_error_in_the_middle_is_a_line_of_the_stream(file):
     assert "the logits of a model are finite" in list(api.predict([request]))[-1][0]["error"]
 
 
+def test_a_batch_is_decoded_together_and_streams(file):
+    from examples.serve import Completion, Generate, Limits
+
+    Completion.limits = Limits(options(file))
+    api = Generate(options(file))
+    api.setup("cpu")
+    passes = []
+    api.generator.model.register_forward_hook(lambda *_: passes.append(1))
+    asked = [("a", 3, 1.0, 1), ("longer prompt", 9, 0.0, 2), ("é", 5, 1.5, 3)]
+    batch = [Completion(prompt=p, max_new_tokens=n, temperature=t, seed=s) for p, n, t, s in asked]
+    steps = list(api.predict(batch))
+    assert len(steps) == len(passes) == 9  # as many as the longest takes, not the sum
+    for row, request in enumerate(batch):
+        pieces = [step[row] for step in steps if step[row]]
+        alone = [piece for piece in api.predict(request) if piece]
+        assert pieces == alone and pieces[-1]["finished"] == "length"
+
+
 def test_a_server_that_cannot_start_says_why(file, capsys):
     from examples.serve import main
 
