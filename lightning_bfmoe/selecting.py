@@ -285,6 +285,7 @@ class Search:
             for p in taken:
                 self.eps[p]["bypass"] = self.streams[p].eps(self.linear[p]["bypass"])
         report = SelectionReport(limit=limit, shared_rank=self.rank if shared else 0)
+        report.skipped = self.skipped
         report.shared_bytes = 4 * self.basis.numel() if shared and self.basis is not None else 0
         for s in self.submodules:
             stream, sizes = self.streams[s.path], self.sizes(s)

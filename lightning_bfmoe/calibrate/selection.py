@@ -75,6 +75,7 @@ class SelectionReport:
         limit: The budget or sparsity in words.
         shared_rank: Rank of the basis that feed-forward bypasses share; 0 when there is none.
         swap: The report of the exchange, for `restore` and checkpoints (`swap.plan()`).
+        skipped: Path, status and reason of feed-forward blocks that were not ranked.
     """
 
     submodules: list[Ranked] = field(default_factory=list)
@@ -82,6 +83,7 @@ class SelectionReport:
     shared_rank: int = 0
     shared_bytes: int = 0
     swap: Any = None
+    skipped: list[dict[str, str]] = field(default_factory=list)
 
     def plan(self) -> dict[str, Any]:
         """The exchange as plain data, for `swap.apply_swap_plan`."""
@@ -107,6 +109,7 @@ class SelectionReport:
             "shared_rank": self.shared_rank,
             "shared_bytes": self.shared_bytes,
             "submodules": rows,
+            "skipped": [dict(row) for row in self.skipped],
             "totals": self.totals(),
         }
 
@@ -136,6 +139,9 @@ class SelectionReport:
         for r in self.submodules:
             if r.note and len(r.eps) < 2:
                 groups.setdefault(r.note, []).append(r.path)
+        for row in self.skipped:
+            reason = ": ".join(filter(None, ("not ranked", row["status"], row["reason"])))
+            groups.setdefault(reason, []).append(row["path"])
         for note, paths in groups.items():
             others = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
             caption += f"\nkept: {', '.join(paths[:2])}{others}: {note}"

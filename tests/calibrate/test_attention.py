@@ -186,3 +186,11 @@ def test_experts_with_a_router_of_their_own_are_listed_and_their_attention_ranke
     assert rows["feed-forward", "keep"].note == ROUTED
     assert rows["attention", "bypass"].eps["bypass"] < 1
     assert ROUTED in " ".join(str(report).split())
+
+
+def test_blocks_that_were_left_out_are_said_too():
+    model, _ = make("llama")
+    report = select(model, sparsity=1.0, options=LINEAR, exclude="model.layers.0.mlp", dry_run=True)
+    assert [row["path"] for row in report.skipped] == ["model.layers.0.mlp"]
+    assert "kept: model.layers.0.mlp: not ranked" in " ".join(str(report).split())
+    assert report.to_dict()["skipped"] == report.skipped
