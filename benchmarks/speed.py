@@ -244,6 +244,7 @@ def run(
     limit: float,
     wanted: Callable[[dict], bool] = lambda job: True,
     names: tuple[str, ...] | None = None,
+    again: str = "absent",
 ) -> dict[str, Any]:
     """Measure what is missing in the file until the limit; the file's content."""
     start = time.monotonic()
@@ -253,7 +254,7 @@ def run(
     if {**before, "commit": ""} != {**here, "commit": ""}:
         raise SystemExit(f"{out} was measured elsewhere: {before}; name another --out")
     rates = content.get("limits") or content.setdefault("limits", limits(device))
-    content["records"] = [record for record in content["records"] if "absent" not in record]
+    content["records"] = [r for r in content["records"] if not {"absent", again} & set(r)]
     done = {key(record) for record in content["records"]}
     for job in filter(wanted, jobs(size, names or DEFAULT[device])):
         if time.monotonic() - start > limit:
@@ -291,6 +292,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="such as what=train d=2048,1024")
     parser.add_argument("--peers", help=f"some of {','.join(PEERS)}")
     parser.add_argument("--scattermoe", type=Path, help="a checkout of ScatterMoE")
+    parser.add_argument("--retry", action="store_true", help="measure again what failed")
     parser.add_argument("--plot", type=Path, help="draw what --out holds, measure nothing")
     options = parser.parse_args()
     if options.plot:
@@ -299,7 +301,8 @@ def main() -> None:
     peers.SCATTERMOE[:] = [options.scattermoe] if options.scattermoe else []
     names = tuple(options.peers.split(",")) if options.peers else None
     wanted = functools.partial(fits, options.only)
-    content = run(options.size, options.device, options.out, options.limit, wanted, names)
+    again = "failed" if options.retry else "absent"
+    content = run(options.size, options.device, options.out, options.limit, wanted, names, again)
     print(table(content["records"]))
     print(f"{len(content['records'])} records in {options.out}")
 

@@ -77,11 +77,13 @@ def _best_threshold(size, D: tl.constexpr, PIECES: tl.constexpr):
             hopeful &= 2.0 * edge * above_count <= above_total * SLACK
             lowest = tl.div_rn(edge_total, edge_count) / (1.0 + tl.sqrt(1.0 + 1.0 / above_count))
             hopeful &= above * SLACK > lowest
-            if hopeful:
-                if found == 0:
-                    next_high, next_total, next_count = above, above_total, above_count
-                next_low = edge
-                found = 1
+            # Selected: the compiler (3.6) loses what an `if` within an `if` assigns.
+            first = hopeful & (found == 0)
+            next_high = tl.where(first, above, next_high)
+            next_total = tl.where(first, above_total, next_total)
+            next_count = tl.where(first, above_count, next_count)
+            next_low = tl.where(hopeful, edge, next_low)
+            found = tl.where(hopeful, 1, found)
             above, above_total, above_count = edge, edge_total, edge_count
         low = next_low
         high, high_total, high_count = next_high, next_total, next_count

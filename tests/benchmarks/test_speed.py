@@ -66,6 +66,11 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch):
     content = speed.run("tiny", "cpu", tmp_path / "speed.json", limit=1e9)
     failed = [record["peer"] for record in content["records"] if "failed" in record]
     assert failed == ["standard", "standard"] and len(content["records"]) == 6
+    monkeypatch.undo()
+    monkeypatch.setitem(speed.SIZES, "tiny", TINY)
+    monkeypatch.setattr(speed, "DECODE", [1])
+    content = speed.run("tiny", "cpu", tmp_path / "speed.json", limit=1e9, again="failed")
+    assert len(content["records"]) == 6 and not any("failed" in r for r in content["records"])
 
 
 def test_a_missing_package_is_said_and_tried_again(tmp_path, monkeypatch):
