@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.speed_peers import StandardMoE, grouped
+from lightning_bfmoe import kernels
 from lightning_bfmoe.functional.packing import packed_size, unpack_trits
 from lightning_bfmoe.functional.ternary import dequantize_ternary
 from lightning_bfmoe.kernels import ternary_linear
@@ -34,8 +35,16 @@ class StandardRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> same."""
-        rows = x.reshape(-1, x.shape[-1])
-        return self.layer(rows, self._product(rows)).reshape(x.shape)
+        layer, rows = self.layer, x.reshape(-1, x.shape[-1])
+        choice, _ = kernels.route(layer.router(rows).float(), layer.k, None)
+        groups, product = (
+            kernels.group_by_expert(choice.experts, layer.experts),
+            self._product(rows),
+        )
+        ends = groups.counts.cumsum(0).int()
+        hidden = product(kernels.dispatch_rows(rows, groups, layer.k), layer.up, ends)
+        y = product(nn.functional.gelu(hidden), layer.down, ends)
+        return kernels.combine(y, choice.weights, groups).to(x.dtype).reshape(x.shape)
 
     def _product(self, rows: Tensor):
         if rows.device.type == "cuda" and rows.dtype != torch.float32:
