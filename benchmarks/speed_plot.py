@@ -46,32 +46,36 @@ def draw(content: dict, path: Path) -> None:
         for column, what in enumerate(("train", "decode")):
             axis = axes[row][column]
             some = {case: one for case, one in found.items() if case[:2] == (what, d)}
+            if not some:
+                axis.set_axis_off()
+                continue
+            styles = dict(zip(sorted({case[3 if what == "train" else 2] for case in some}),
+                              ("-", "--", ":"), strict=False))  # fmt: skip
             for peer in peers:
-                lines: dict[tuple, list] = {}
+                lines: dict[int, list] = {}
                 for (_, _, experts, k, tokens), one in some.items():
                     if peer in one:
                         x, line = (experts, k) if what == "train" else (tokens, experts)
                         ratio = one[OURS]["seconds"] / one[peer]["seconds"]
-                        lines.setdefault((line,), []).append((x, ratio))
-                for style, (line, points) in enumerate(sorted(lines.items())):
+                        lines.setdefault(line, []).append((x, ratio))
+                for line, points in sorted(lines.items()):
                     points.sort()
                     axis.plot(
                         *zip(*points, strict=True), color=colours[peer],
-                        linestyle=("-", "--", ":")[style % 3], marker="o", markersize=3,
-                        label=f"{peer}, {'top-' if what == 'train' else 'N='}{line[0]}",
+                        linestyle=styles.get(line, "-."), marker="o", markersize=3,
+                        label=f"{peer}, {'top-' if what == 'train' else 'N='}{line}",
                     )  # fmt: skip
             axis.axhline(1, color="black", linewidth=0.8)
-            axis.set(xscale="log", yscale="log", title=f"{what}, d={d}")
+            axis.set(xscale="log", yscale="log", ylim=(0.1, 40), title=f"{what}, d={d}")
             ticks = sorted({case[2] if what == "train" else case[4] for case in some})
             axis.set_xticks(ticks, [str(tick) for tick in ticks])
             axis.minorticks_off()
-            steps = (0.1, 0.2, 0.5, 1, 2, 5, 10)
+            steps = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
             axis.set_yticks(steps, [f"{step:g}" for step in steps])
             axis.set_xlabel("experts" if what == "train" else "tokens")
             axis.set_ylabel("our time / peer's")
             axis.grid(alpha=0.3)
-            if some:
-                axis.legend(fontsize=6, ncols=2)
+            axis.legend(fontsize=6, ncols=3, loc="upper center")
     figure.suptitle(f"One layer, {content['facts']['name']}; below 1 ours is faster")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
