@@ -77,7 +77,7 @@ def choose(
         value: ir.Value = first(b)
         return value
     few, many = (Builder(b.graph, f"{b.prefix}/{name}") for name in (f"to{bound}", "more"))
-    branches = {
+    branches: dict[str, Any] = {
         "then_branch": _subgraph(few, first(few)),
         "else_branch": _subgraph(many, choose(many, number, others)),
     }
@@ -87,7 +87,8 @@ def choose(
 
 def _subgraph(b: Builder, output: ir.Value) -> ir.Graph:
     output.type = b.ir.TensorType(b.ir.DataType.FLOAT)
-    return b.ir.Graph([], [output], nodes=b.nodes, name=b.prefix)
+    graph: ir.Graph = b.ir.Graph([], [output], nodes=b.nodes, name=b.prefix)
+    return graph
 
 
 def _digest(array: np.ndarray) -> str:

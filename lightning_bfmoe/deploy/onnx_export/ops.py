@@ -1,9 +1,9 @@
 """The two products of a packed layer as opaque torch ops, so that an exported graph can name them.
 
 In PyTorch they compute what the packed layer computes, in float32; `lower` turns each into ONNX
-nodes. Widths that are no power of two go by *deck order* there: a stage of the network rotates neighbouring
-slots of a deck of cards and then un-shuffles it (`functional.butterfly`), so that every stage of
-every width is the same few operations on contiguous halves.
+nodes. Widths that are no power of two go by *deck order* there: a stage of the network rotates
+neighbouring slots of a deck of cards and then un-shuffles it (`functional.butterfly`), so that
+every stage of every width is the same few operations on contiguous halves.
 """
 
 import numpy as np

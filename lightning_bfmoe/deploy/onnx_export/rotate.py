@@ -17,6 +17,7 @@ and thrown away. Factors of all experts are never kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ def _by_rows(b: Builder, network: Network, x: Value, ids: Value) -> Value:
         up = b("Add", b("Mul", left, sin), b("Mul", right, cos))
         return b("Concat", *((up, down) if network.inverse else (down, up)), axis=1)
 
-    stages = [lambda x, stage=stage: turn(x, stage) for stage in range(network.stages)]
+    stages: list[Stage] = [partial(turn, stage=stage) for stage in range(network.stages)]
     return (_natural_order if network.natural else _deck_order)(b, network, x, stages)
 
 
