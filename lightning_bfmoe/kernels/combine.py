@@ -6,9 +6,10 @@ from torch import Tensor
 from lightning_bfmoe.errors import ShapeError
 from lightning_bfmoe.functional.routing import ExpertGroups
 from lightning_bfmoe.functional.routing import combine as combine_reference
+from lightning_bfmoe.kernels.cuda import missing_triton
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, register
 from lightning_bfmoe.kernels.library import library, missing_cpu
-from lightning_bfmoe.kernels.rows_cuda import combine_cuda, missing_triton, suits_combine
+from lightning_bfmoe.kernels.rows_cuda import combine_cuda, suits_combine
 
 
 def combine(rows: Tensor, weights: Tensor, groups: ExpertGroups) -> Tensor:

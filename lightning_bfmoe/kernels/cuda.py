@@ -30,6 +30,11 @@ def has_triton() -> bool:
         return False
 
 
+def missing_triton() -> str:
+    """Why no Triton kernel can run here; empty when they can."""
+    return "" if has_triton() else "triton (3.6 or later) is not installed"
+
+
 def suits_cuda(x: Tensor, angles: Tensor, groups: ExpertGroups) -> bool:
     """CUDA rows that are not double, with triton; at least some stages can be fused."""
     if not x.is_cuda or torch.float64 in (x.dtype, angles.dtype) or x.shape[1] > MAX_FUSED:

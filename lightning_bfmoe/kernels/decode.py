@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_bfmoe.functional.packing import pack_trits, unpack_trits
-from lightning_bfmoe.kernels.cuda import has_triton, on_device
+from lightning_bfmoe.kernels.cuda import has_triton, missing_triton, on_device
 from lightning_bfmoe.kernels.cuda_plan import Call
 from lightning_bfmoe.kernels.decode_plan import (
     Pass,
@@ -269,5 +269,6 @@ register(
         experts_cuda,
         suits_decode,
         f"a packed layer for up to {MAX_ROWS} rows; CUDA with triton, no gradient",
+        missing=missing_triton,
     )
 )

@@ -5,9 +5,10 @@ from torch import Tensor
 from lightning_bfmoe.functional.routing import ExpertGroups
 from lightning_bfmoe.functional.routing import dispatch as dispatch_reference
 from lightning_bfmoe.functional.routing import group_by_expert as group_reference
+from lightning_bfmoe.kernels.cuda import missing_triton
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, register
 from lightning_bfmoe.kernels.groups_cuda import group_cuda, suits_group
-from lightning_bfmoe.kernels.rows_cuda import dispatch_cuda, missing_triton, suits_dispatch
+from lightning_bfmoe.kernels.rows_cuda import dispatch_cuda, suits_dispatch
 
 
 def group_by_expert(experts: Tensor, num_experts: int) -> ExpertGroups:

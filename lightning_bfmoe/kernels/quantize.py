@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from lightning_bfmoe.functional.ternary import absmean_scale, quantize_ternary
+from lightning_bfmoe.kernels.cuda import missing_triton
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, register
 from lightning_bfmoe.kernels.library import library, missing_cpu
 from lightning_bfmoe.kernels.quantize_cuda import quantize_cuda, suits_quantize
-from lightning_bfmoe.kernels.rows_cuda import missing_triton
 
 
 def blend_to_ternary(

@@ -8,7 +8,7 @@ from lightning_bfmoe.functional.butterfly import apply_butterfly, check_angles
 from lightning_bfmoe.functional.routing import ExpertGroups
 from lightning_bfmoe.kernels.blocks import rotate_blocks
 from lightning_bfmoe.kernels.cpu import rotate_cpu, suits_cpu
-from lightning_bfmoe.kernels.cuda import rotate_cuda, suits_cuda
+from lightning_bfmoe.kernels.cuda import missing_triton, rotate_cuda, suits_cuda
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, register
 from lightning_bfmoe.kernels.library import missing_cpu
 
@@ -79,6 +79,7 @@ register(
         rotate_cuda,
         suits_cuda,
         "fused stages in one launch; CUDA with triton, d up to 8192 (its power-of-two part)",
+        missing=missing_triton,
         widens=True,
     )
 )

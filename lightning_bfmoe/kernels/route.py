@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_bfmoe.functional.routing import TopK, expert_load, route_top_k
-from lightning_bfmoe.kernels.cuda import has_triton, on_device
+from lightning_bfmoe.kernels.cuda import has_triton, missing_triton, on_device
 from lightning_bfmoe.kernels.dispatch import Kernel, choose, register
 
 MAX_EXPERTS = 4096  # logits that a program holds
@@ -175,6 +175,7 @@ register(
         logits_cuda,
         suits_logits,
         f"one launch; CUDA with triton, up to {MAX_TOKENS} tokens, no gradient",
+        missing=missing_triton,
     )
 )
 register(
@@ -193,5 +194,6 @@ register(
         route_cuda,
         suits_route,
         f"one launch; CUDA with triton, float32, up to {MAX_EXPERTS} experts, no gradient",
+        missing=missing_triton,
     )
 )

@@ -19,11 +19,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("CUDA", "CPU")
 
 
-def missing_triton() -> str:
-    """Why no Triton kernel can run here; empty when they can."""
-    return "" if has_triton() else "triton (3.6 or later) is not installed"
-
-
 def suits_dispatch(x: Tensor, groups: ExpertGroups, k: int) -> bool:
     """CUDA rows that are not double, with triton."""
     return x.is_cuda and x.dtype in DTYPES and has_triton()
