@@ -38,7 +38,7 @@ def test_nf4_is_near_the_matrix_it_quantised(tmp_path):
 def test_a_run_writes_records_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     calls = []
 
-    def measured(arguments):
+    def measured(*arguments):
         calls.append(arguments)
         rates = {f"{what}_{batch}": 1.0 for what in ("prefill", "decode") for batch in (1, 8)}
         return {"load_seconds": 0.1, "resident_bytes": 5, **rates}
@@ -47,14 +47,16 @@ def test_a_run_writes_records_and_goes_on_where_it_stopped(tmp_path, monkeypatch
     monkeypatch.setitem(deploy.FORMS, "broken", {"angles": "int9"})
     options = argparse.Namespace(
         out=tmp_path / "a" / "out.json", device="cpu", size="tiny", forms=["dense fp32", "broken"],
-        threads=[1, 2], note="alone",
+        threads=[1, 2], note="alone", rounds=1, limit=1e9,
     )  # fmt: skip
     content = deploy.run(options)
     assert [r["threads"] for r in content["records"]] == [1, 2, 1, 2]
     assert "int9" in content["records"][3]["failed"]
     assert content["records"] == json.loads(options.out.read_text())["records"]
     assert deploy.run(options)["records"] == content["records"]
-    assert len(calls) == 2
+    assert [call[1::3] for call in calls] == [("dense fp32", 1), ("dense fp32", 2)]
+    options.rounds, options.limit = 2, -1.0  # what is left of the second round is not begun
+    assert deploy.run(options)["records"] == content["records"]
     shown = deploy.table(content["records"])
     assert "dense fp32" in shown and "ConfigError" in shown
 
@@ -67,15 +69,17 @@ def test_a_run_writes_records_and_goes_on_where_it_stopped(tmp_path, monkeypatch
         (-9, "", "", {"failed": "exit status -9"}),
     ],
 )
-def test_a_child_reports_its_record_or_what_went_wrong(code, out, error, record, monkeypatch):
+def test_a_child_reports_its_record_or_what_went_wrong(
+    code, out, error, record, monkeypatch, tmp_path
+):
     done = argparse.Namespace(returncode=code, stdout=out, stderr=error)
     monkeypatch.setattr(deploy.subprocess, "run", lambda *args, **options: done)
-    assert deploy.child(["tiny", "dense fp32", "x", "cpu", "1"]) == record
+    assert deploy.child("tiny", "dense fp32", tmp_path, "cpu", 1) == record
 
 
 def test_pace_and_memory_are_measured(tmp_path):
     form, path = deploy.FORMS["dense fp32"], tmp_path / "model"
     deploy.write("tiny", form, path)
-    record = deploy.measure("tiny", "dense fp32", path, "cpu", 1)
+    record = deploy.measure("tiny", "dense fp32", path, "cpu", True, 1)
     assert record["peak_bytes"] >= record["resident_bytes"]
     assert all(record[f"{what}_{n}"] > 0 for what in ("prefill", "decode") for n in (1, 8))
