@@ -135,7 +135,7 @@ class ButterflyExperts(RemembersSettings, KeepsFloat32):
                 got=tuple(x.shape),
                 fix="Flatten the leading axes first.",
             )
-        packed = self._packed()
+        packed = self._packed() if x.is_cuda else None  # no other device has a kernel for all of it
         if packed is None:
             return self._parts(x, experts, weights)
         return packed_experts(x, experts, weights, packed, self.activation.name, self._parts)
