@@ -7,15 +7,17 @@ printed results alone: no widget state, no times, no kernel version, no progress
     python notebooks/build.py                     # all, in full
     python notebooks/build.py 02 05               # some, by the start of their names
     python notebooks/build.py --quick --out DIR   # what the test suite does
-    python notebooks/build.py --text              # only texts have changed: keep the outputs
+    python notebooks/build.py --text              # only texts, comments have changed: keep outputs
     python notebooks/build.py --check             # is what is committed in order? runs nothing
 """
 
 import argparse
+import io
 import os
 import re
 import sys
 import time
+import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -169,7 +171,7 @@ def build(source: Path, out: Path, *, quick: bool = False, timeout: int = 600) -
 
 
 def refresh_text(source: Path, out: Path) -> bool:
-    """Take over changed texts, execute nothing; False when code has changed or none is built."""
+    """Take over texts and comments, execute nothing; False when code changed or none is built."""
     if not out.exists():
         return False
     fresh, built = read_source(source), nbformat.read(out, as_version=4)
@@ -184,9 +186,12 @@ def refresh_text(source: Path, out: Path) -> bool:
     return True
 
 
-def _lasting(code: str) -> str:
-    """Code without the address of the repository, which changes no output."""
-    return re.sub(r'^REPOSITORY = ".*?"', NO_REPOSITORY, code, flags=re.M)
+def _lasting(code: str) -> list[tuple[int, str]]:
+    """What a cell executes: its tokens, without comments and the address of the repository."""
+    code = re.sub(r'^REPOSITORY = ".*?"', NO_REPOSITORY, code, flags=re.M)
+    tokens = tokenize.generate_tokens(io.StringIO(code).readline)
+    silent = (tokenize.COMMENT, tokenize.NL)  # neither changes an output
+    return [(token.type, token.string) for token in tokens if token.type not in silent]
 
 
 def main() -> int:

@@ -11,7 +11,8 @@
 # - rotated a vector of 8 numbers with 12 angles, and seen every output depend on every input,
 # - built an expert by hand from one ternary matrix and two rotations, and checked that the layer
 #   you would train computes the same,
-# - found what an orbit can *not* change, and when a further expert costs more than it is worth,
+# - found what an orbit (all the views of one matrix) can *not* change, and when a further expert
+#   costs more than it is worth,
 # - turned a layer's experts around in an interactive explorer.
 #
 # Seconds on a CPU; nothing is downloaded. The slider and the explorer need a kernel: run the
@@ -132,7 +133,8 @@ for stages in range(1, 4):
     print(f"x_2 alone, after {stages} stages: {int((y != 0).sum())} outputs moved  {y}")
 
 # %% [markdown]
-# Twelve angles instead of 64 numbers: $\frac d2 \log_2 d$. The saving grows with the width: at
+# Twelve angles instead of 64 numbers: $\frac d2 \log_2 d$. (So it is not *every* rotation: those of
+# 8 dimensions have 28 degrees of freedom.) The saving grows with the width: at
 # $d = 512$ it is 2,304 angles against 262,144 numbers, at $d = 4096$ 24,576 against 16.8 million.
 #
 # The matrix below is never formed in training; here it shows that three stages fill it, and that
@@ -159,7 +161,7 @@ print(f"rotated and rotated back: off by {(back - x).abs().max().item():.0e}")
 
 # %% [markdown]
 # **Not a power of two?** SmolLM2 is 576 wide, MiniLM 384. Padding with zeros and cutting off again
-# would lose energy. Instead, think of the coordinates as a deck of cards: each stage turns
+# would lose length. Instead, think of the coordinates as a deck of cards: each stage turns
 # neighbours, then the deck is un-shuffled (even cards to the front, odd cards behind). For
 # $d = 2^L$ that *is* the butterfly above; for every other width it still mixes everything, exactly
 # orthogonal, in $\lceil\log_2 d\rceil$ stages (two more when $d$ is odd).
@@ -187,7 +189,7 @@ for width in (8, 12, 384, 576, 577):
 
 # %%
 d_out, d_in, experts = 16, 16, 8
-trits, alpha = bf.ternarize(randn(d_out, d_in))
+trits, alpha = bf.ternarize(randn(d_out, d_in))  # T and its row scales; notebook 02 shows how
 theta = 0.5 * randn(experts, bf.num_stages(d_in), bf.num_pairs(d_in))
 phi = 0.5 * randn(experts, bf.num_stages(d_out), bf.num_pairs(d_out))
 left, right = bf.butterfly_matrix(phi, d_out), bf.butterfly_matrix(theta, d_in)
@@ -205,7 +207,7 @@ plt.show()
 
 # %% [markdown]
 # The experts look nothing like $T$ and nothing like each other. Their entries are not ternary any
-# more, and they need not be: *stored* are the trits and the angles.
+# more, and they need not be: *stored* are the trits (the -1, 0, +1 of $T$) and the angles.
 #
 # **Guess:** is there anything that all eight experts must have in common, however the angles move?
 
@@ -235,8 +237,9 @@ spread = torch.linalg.svdvals(views).std(dim=0).max().item()
 #
 # ## 4. The layer is this, and nothing else
 #
-# `ButterflyMoE` is what a swap puts into your model. `functional/reference.py` is the whole method
-# on one page: slow, every matrix formed in full, in the symbols used here. They agree:
+# `ButterflyMoE` is what a swap puts into your model.
+# [`functional/reference.py`](../lightning_bfmoe/functional/reference.py) is the whole method on one
+# page: slow, every matrix formed in full, in the symbols used here. They agree:
 
 # %%
 from lightning_bfmoe import ButterflyMoE
@@ -248,7 +251,7 @@ layer = ButterflyMoE(16, 64, num_experts=8, top_k=2, angle_std=0.5)
 def by_the_book(linear):
     """One of the layer's matrices in the paper's symbols."""
     return OrbitMatrix(
-        w=linear.substrate.latent,
+        w=linear.substrate.latent,  # the shared matrix before rounding to trits (notebook 02)
         theta=linear.rotate_in.angles,
         phi=linear.rotate_out.angles,
         bias=linear.bias,
@@ -271,15 +274,18 @@ print("tokens each expert got:", layer.last_routing.load.tolist())
 
 # %% [markdown]
 # Before the experts stands a router: a linear map gives each token a score per expert, the best two
-# compute, and their outputs are mixed with weights that sum to 1. Because the matrix is shared,
+# compute, and their outputs are mixed with weights that sum to 1 (above: 32 tokens, two experts
+# each, so the loads sum to 64). Because the matrix is shared,
 # the tokens of *all* experts go through it in **one** product; only the rotations are per expert.
 #
 # ## 5. Turn it yourself
 #
 # The explorer shows a layer's experts: how far apart they are (heatmap; click a cell to pick two
 # experts), where a probe vector travels under each expert as the angles grow from 0 to their full
-# size, and the butterfly with its angles as colours. Change *stages* and *angle scale*; `up/in` is
-# the input-side rotation of the first matrix.
+# size, and the butterfly with its angles as colours. The middle picture looks at $d$ dimensions in
+# the plane through the probe (at the origin) and its two coloured images; the grey experts are seen
+# in projection. Change *stages* and *angle scale* (a factor on all angles); `up/in` is the
+# input-side rotation of the first matrix, `up`; the second is `down`.
 #
 # The distance is $D(A, B) = \lVert B_A - B_B\rVert_F / \sqrt{2d}$: 0 for equal rotations, 1 for
 # unrelated ones, $\sqrt 2$ for opposite ones. **Try:** at which angle scale do the experts become
@@ -302,7 +308,7 @@ for std in (0.02, 0.1, 0.5, 1.0):
 # %% [markdown]
 # These are the two starts that the callback knows: 0.02 rad when your trained weights are to be
 # kept (all experts nearly the same matrix, so the function is preserved), and 0.5 rad when training
-# from random weights (far enough apart to be worth routing between).
+# from random weights (far apart, so that the router has something to choose between).
 #
 # ## 6. What does a further expert cost?
 #
@@ -313,7 +319,7 @@ for std in (0.02, 0.1, 0.5, 1.0):
 from lightning_bfmoe import plan_memory
 
 counts = [2**k for k in range(1, 10)]
-plans = {n: plan_memory(512, 2048, n, 1) for n in counts}
+plans = {n: plan_memory(512, 2048, n, 1) for n in counts}  # the 1: top_k, which costs no bytes
 lines = {
     "standard MoE, fp32": ("moe_fp32", BLACK, "-"),
     "standard MoE, ternary": ("moe_ternary", ORANGE, "--"),
@@ -352,7 +358,8 @@ paper = plan_memory(512, 2048, 256, 1, paper_convention=True)
 print(f"counted as the paper does, 256 experts: {paper.ratio('moe_fp32'):.0f}x")
 
 # %% [markdown]
-# The last line is the number that the paper leads with. It is the distance to the *black* line,
+# The last line is the number that the paper (linked in notebook [00](00_five_minutes.ipynb)) leads
+# with. It is the distance to the *black* line,
 # for one matrix only, counting ideal bits. What the sharing itself gives stands in the middle
 # column.
 #

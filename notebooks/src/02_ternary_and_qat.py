@@ -13,7 +13,7 @@
 # - found the best ternary version of a matrix by hand, and checked that the library finds the same,
 # - trained a ternary matrix through the rounding (quantisation-aware training, QAT) and beaten
 #   plain rounding by a third,
-# - seen a rotation remove an outlier, counted in decibels, and seen one *make* an outlier.
+# - seen a rotation spread an outlier until 4 bits can hold it, and seen one *make* an outlier.
 #
 # Seconds on a CPU; nothing is downloaded. The sliders need a kernel: run the notebook to move them.
 # Where there is none (GitHub, a printout) each shows a still.
@@ -127,7 +127,7 @@ trits, alpha = bf.ternarize(row[None])
 print("the k found by hand and by ternarize:", by_hand, int(trits.abs().sum()))
 
 # %% [markdown]
-# A byte holds five trits, because $3^5 = 243 \le 256$. That is the 1.6 bits:
+# A byte holds five trits (ternary digits), because $3^5 = 243 \le 256$. That is the 1.6 bits:
 
 # %%
 packed = bf.pack_trits(trits)
@@ -172,8 +172,12 @@ slide(draw_blend, blend=([0, 0.25, 0.5, 0.75, 1], 0.75))
 # 64). A ternary matrix cannot equal $W$, but $x$ does not point everywhere equally often, so some
 # errors matter more than others. *Rounding* cannot know that. *Training* can.
 #
-# **Guess:** rounding leaves about 21 % of the output's energy as error. How much will training
-# through the rounding leave?
+# Two runs: one ternary from the first step, one with the *plan*, the schedule of $\lambda$ that the
+# callback of notebook [00](00_five_minutes.ipynb) follows (0 for the first 10 % of the steps, 1
+# after 60 %).
+#
+# **Guess:** rounding leaves about 21 % of the output's energy (its sum of squares) as error. How
+# much will training through the rounding leave?
 
 # %%
 from lightning_bfmoe.plan import Plan, plan_at
@@ -238,14 +242,16 @@ plt.show()
 # %% [markdown]
 # Both beat rounding by about a third, and both got there without a single true gradient of the
 # staircase. (The faint lines are jumpy because a trit flips or it does not; the thick ones are
-# means over 25 steps.) The run that is ternary from the start first drifts up: more and more
-# latent weights gather at their thresholds, where trits flip back and forth at every step, and they
-# settle only as the learning rate falls.
+# means over 25 steps.) Neither ends at its best: the run that is ternary from the start drifts up
+# from its first steps, the other as $\lambda$ nears 1, and both come down again only as the
+# learning rate falls. Probably latent weights gather at their thresholds, where trits flip back and
+# forth.
 #
 # Here the gradual plan is *not* better than starting ternary at once: one matrix has nothing to
-# lose. A trained deep network does. This is what recorded runs say about SmolLM2-135M, all 30
-# feed-forward blocks made ternary at once with no training (`benchmarks/pretrained.py`; the weights
-# of its Python package are 4-bit, so "dense" is rounded a little already):
+# lose. A trained deep network does. This is what recorded runs say about SmolLM2-135M, a pretrained
+# language model, with all 30 feed-forward blocks made ternary at once with no training
+# (`benchmarks/pretrained.py`; the weights of its Python package are 4-bit, so "dense" is rounded a
+# little already):
 
 # %%
 with open("../benchmarks/results/pretrained.json") as file:
@@ -285,6 +291,7 @@ def rotated(x, stages):
     """Rows after the first stages of a butterfly whose angles are all 45 degrees."""
     if stages == 0:
         return x
+    # inverse, because a layer turns its input by B(theta)^T (notebook 01)
     return bf.apply_butterfly(x, bf.hadamard_angles(d, stages), inverse=True)
 
 
@@ -368,18 +375,21 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# - Loud channels: the error falls to a third at 4 bits, and more at 8.
+# - Loud channels: the error falls to about a third at 4 bits, and to a seventh at 8.
 # - Normal rows: nothing changes. A rotated normal vector is a normal vector.
-# - Behind a GELU it **doubles**. Those numbers have a *mean*, and a mean is one long vector along
-#   $(1, 1, \dots, 1)$, which the Hadamard rotation turns into a single coordinate. It made the
-#   outlier.
+# - Behind a GELU it **doubles**, and more at 4 bits. Those numbers have a *mean*, and a mean is one
+#   long vector along $(1, 1, \dots, 1)$, which the Hadamard rotation turns into a single
+#   coordinate. It made the outlier.
 #
-# *Incoherence* says it in one number: 1 when a row is flat, $\sqrt d = 16$ when it is one spike.
+# *Incoherence*, in the titles, says it in one number, $\sqrt d\,\max_j|x_j| / \lVert x\rVert$: 1
+# when a row is flat, $\sqrt d = 16$ when it is one spike.
 #
 # So a fixed rotation is a gamble, and this is where **learned** angles may earn their place: they
 # can leave alone what is well and turn what is not. What was measured when whole models were
-# trained with rounded activations (`benchmarks/accuracy.py`, size *full*: 20 million bytes on an
-# H100; seed 0, hence 1.049 where the table's two-seed mean is 1.056):
+# trained from random weights with rounded activations (`benchmarks/accuracy.py`, size *full*: 20
+# million bytes on an H100; 8 experts, two per token; seed 0, hence 1.049 here and 1.056, the mean
+# of two seeds, in notebook 03). "Full precision" is about activations: the weights are ternary in
+# all.
 
 # %%
 recorded = {}
@@ -403,14 +413,16 @@ for size in ("small", "full"):
 # %% [markdown]
 # Identity and Hadamard, where nothing is learned, make all experts equal. Two things to read. The
 # *cost* of 4 bits is highest behind the fixed Hadamard, smaller without rotations, smaller still
-# with learned ones, and **smallest with random angles that never learn**: any rotation that has no
-# preferred direction will do. But those have by far the highest loss to begin with. The lowest loss
-# *at* 4 bits is that of the learned angles. One seed, so read it as support for the idea, not as
-# its proof.
+# with learned ones, and **smallest with random angles that never learn**, which fits the above:
+# they gather no mean into one coordinate. But those have by far the highest loss to begin with. The
+# lowest loss *at* 4 bits is that of the learned angles. One seed, so read it as support for the
+# idea, not as its proof.
 #
 # `ActivationOutliers` logs these measures for every rotation of your own model during training
 # (notebook [03](03_train_a_butterfly_moe.ipynb)), and `activation_bits=8` in the callback rounds
 # the activations while it trains.
+#
+# Next: [03](03_train_a_butterfly_moe.ipynb), a whole model trained this way from random weights.
 #
 # Last, what was promised:
 

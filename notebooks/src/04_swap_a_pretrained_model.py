@@ -154,10 +154,12 @@ print(swap_feed_forward(model, **experts, dry_run=True))
 # %% [markdown]
 # ## The naive swap
 #
-# Swap everything at once, round to the nearest ternary matrix, train nothing. We judge on held-out
-# lines: the cosine between the old and the new vector of each line, 1 when nothing changed.
+# Swap everything at once, round to the nearest ternary matrix, train nothing. We judge on lines of
+# plays that the swap never sees: the cosine between the old and the new vector of each line, 1 when
+# nothing changed.
 #
-# **Guess:** each block's matrices keep 80 % of their energy. What is left of the meaning behind
+# **Guess:** each block's matrices keep about 80 % of their energy (the sum of their squares;
+# notebook [02](02_ternary_and_qat.ipynb)). What is left of the meaning behind
 # six of them?
 
 # %%
@@ -200,13 +202,14 @@ print(f"naive: {cosines['naive']:.3f}")
 # $$ \min_{T,\,\alpha,\,\theta}\; \mathbb E\,\big\lVert W x - \alpha T B(\theta)^\top x
 # \big\rVert^2, $$
 #
-# from the second moments $\mathbb E\,xx^\top$ of a few hundred lines. Nothing is trained. Per
-# block, and all in closed form:
+# from the second moments $\mathbb E\,xx^\top$ of a few hundred lines. (Notebook 01's rotation on
+# the output's side starts near the identity, so it is left out here.) No gradients, no training.
+# Per block:
 #
 # 1. try input rotations (none, or all angles at 45°), and keep the one that does better on lines
 #    that were *held out* from the fit,
 # 2. round column by column, each time moving the error made into the columns not yet rounded
-# (GPTQ), and polish by coordinate descent,
+#    (as the quantizer GPTQ does), and polish one coordinate after another,
 # 3. refit the second matrix to what the first one now produces.
 #
 # All experts start as this one solution, a hundredth of a radian apart. (docs/benchmarks.md has
@@ -237,9 +240,10 @@ for block in report.calibration.blocks:
 # ## Half a minute of training
 #
 # The rest is learned: a LightningModule of a dozen lines pulls the swapped model's vectors towards
-# the original's. The ternary matrices stay as they are (`freeze_latents`); angles, gains, biases,
-# routers and scales of the swapped layers move. `AngleWarmup` and `RouterBalance` are two of the
-# parts that `ButterflyMoECallback` is made of, for models that were swapped by hand as here.
+# the original's. The ternary matrices and their scales stay as they are (`freeze_latents`); angles,
+# biases and routers of the swapped layers move, the angles at 5 times the learning rate.
+# `AngleWarmup` and `RouterBalance` are two of the parts that `ButterflyMoECallback` is made of, for
+# models that were swapped by hand as here.
 
 # %%
 from lightning_bfmoe import AngleWarmup, NotebookMonitor
@@ -293,9 +297,9 @@ plt.show()
 # Each square compares the five sentences with each other; the number is the mean cosine to the
 # original on held-out lines. After the naive swap, the two pairs survive, but the cat
 # (5) resembles everything a bit, and the vectors themselves are far from where they were.
-# Calibrated, the pattern of the dense model is back. Forty steps of training add a little to that:
-# the closed forms leave little to gain for the angles alone. A real recovery takes more data, more
-# steps, and thawed matrices.
+# Calibrated, the pattern of the dense model is back. Forty steps of training add little to that (in
+# the loss above it is hidden by the differences between batches). Recovering more would take at
+# least more data and steps, and matrices that train as well.
 #
 # ## And the opponent
 #
@@ -331,15 +335,16 @@ else:
 # smaller: **take NF4.** It is simpler and better. As pure compression of a trained model, eight
 # ternary experts are not competitive here: most of their bytes are angles, which tell apart
 # experts that have not learned to differ yet. What you get instead is a mixture to train on from,
-# at the size of its packed form; whether that pays is the question of notebook
+# which packs to that size; whether that pays is the question of notebook
 # [03](03_train_a_butterfly_moe.ipynb).
 #
 # ## A language model
 #
-# The same on SmolLM2-135M-Instruct, all 30 gated blocks, takes eleven minutes, so here are recorded
-# numbers (`benchmarks/pretrained.py`). Note that its Python package carries *4-bit* weights (Q4_1,
-# 16 levels for every 32 weights), which are unpacked to fp32 before the swap: "dense" is a rounded
-# model already, and the losses below are what ternary costs on top of that.
+# The same on SmolLM2-135M-Instruct, all 30 blocks (gated ones, SwiGLU: three matrices), takes
+# eleven minutes, so here are recorded numbers (`benchmarks/pretrained.py`). Note that its Python
+# package carries *4-bit* weights (Q4_1, 16 levels for every 32 weights), which are unpacked to fp32
+# before the swap: "dense" is a rounded model already, and the losses below are what ternary costs
+# on top of that.
 
 # %%
 with open("../benchmarks/results/pretrained.json") as file:
@@ -361,10 +366,12 @@ axes.set(xlabel="nats per token on held-out text", xlim=(0, 23))
 plt.show()
 
 # %% [markdown]
-# The naive swap is worse than guessing. Calibrated costs most of a nat with nothing
-# trained at all, which is still a lot: it is a place to start training from, not a finished model.
-# Swapping only half of the blocks costs less. `include=` and `exclude=` choose blocks by path or
-# pattern.
+# The naive swap is worse than guessing. Calibrated costs most of a nat with nothing trained at all,
+# which is still a lot: it is a place to start training from, not a finished model. Swapping only
+# half of the blocks, those with the least error, costs less. `include=` and `exclude=` choose
+# blocks by path or pattern.
+#
+# Next: [05](05_see_the_experts.ipynb), what the experts of a layer do.
 #
 # Last, what was promised:
 
