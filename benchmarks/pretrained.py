@@ -217,7 +217,8 @@ def run_smollm2(args: argparse.Namespace, save) -> None:
             back = [r for r in report.receipts if r[0].placement["path"] in worse]
             restore(model, SwapReport(blocks=report.blocks, receipts=back))
             arm("calibrated, better half", swapped=[p for p in order if p not in worse])
-            restore(model, report)
+            report.receipts[:] = [r for r in report.receipts if r[1].before]
+        restore(model, report)
     if "selection" in args.arms:
         select(model, data, args, arm, lambda m, ids: m.model(ids))
     if "width" in args.arms:

@@ -11,7 +11,7 @@ from lightning_bfmoe.calibrate.matrix import Recipe
 from lightning_bfmoe.calibrate.orbit import BASES
 from lightning_bfmoe.errors import ConfigError
 
-_SHARE = 0.3  # of the model's bytes; with the closed forms' own matrices it stays below one model
+_SHARE = 0.25  # of the model's bytes; with the closed forms' own matrices it stays below one model
 _FLOOR = 128 * 2**20
 
 
@@ -40,7 +40,7 @@ class Calibration:
     group: int | None = None
     """Blocks whose moments are held at once (count). None: as many as fit into `memory`."""
     memory: int | None = None
-    """Bytes for moments. None: 0.3 of the model's, at least 128 MiB."""
+    """Bytes for moments. None: a quarter of the model's, at least 128 MiB."""
     router: Literal["random", "clusters"] = "random"
     """How routers start: as they were drawn, or from clusters of what they will route."""
     progress: bool = True

@@ -48,6 +48,12 @@ def restore(model: nn.Module, report: SwapReport | None = None) -> None:
         )
     present = {id(module) for module in model.modules()}
     for layer, receipt in report.receipts:
+        if not receipt.before:
+            raise SwapError(
+                "each receipt of a report restores once",
+                got=f"one of {len(report.receipts)} that has been restored through another report",
+                fix="Take the restored receipts out of report.receipts, or restore all at once.",
+            )
         owner, name, _ = receipt.before[0]
         if id(owner) not in present or owner._modules.get(name) is not layer:
             raise SwapError(

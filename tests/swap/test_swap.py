@@ -11,6 +11,7 @@ from lightning_bfmoe.config import ButterflyMoEConfig
 from lightning_bfmoe.errors import ConfigError, SwapError
 from lightning_bfmoe.layers import ButterflyMoE, moe_layers, set_blend
 from lightning_bfmoe.swap import (
+    SwapReport,
     apply_swap_plan,
     find_feed_forward,
     restore,
@@ -364,3 +365,20 @@ def test_layers_too_narrow_for_a_butterfly_are_not_found():
     model = Plain(nn.Sequential(nn.Linear(16, 1), nn.ReLU(), nn.Linear(1, 16)))
     with pytest.raises(SwapError, match="must have a feed-forward block"):
         swap_feed_forward(model)
+
+
+def test_a_part_of_a_swap_is_restored_by_a_report_of_its_own():
+    def block():
+        return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+
+    model = nn.Sequential(block(), block())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = swap_feed_forward(model)
+    restore(model, SwapReport(blocks=report.blocks, receipts=report.receipts[:1]))
+    with pytest.raises(SwapError, match="each receipt of a report restores once"):
+        restore(model, report)
+    report.receipts[:] = [receipt for receipt in report.receipts if receipt[1].before]
+    restore(model, report)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
