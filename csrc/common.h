@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -14,6 +16,9 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if !defined(_WIN32)
+#include <pthread.h>
 #endif
 
 #if defined(_WIN32)
@@ -50,20 +55,89 @@ inline int level() {
 #endif
 }
 
+// Threads that wait for work between calls. Starting one anew for each call costs as much as a small
+// product, and it would lose what `kept` keeps for it. One call at a time has them.
+class Pool {
+ public:
+  using Run = void (*)(const void* work, int64_t number);
+
+  // That of this process: a forked one has none of its parent's threads, and starts its own. It is
+  // never destroyed, for its threads sleep in it until the process ends.
+  static Pool& own() {
+    Pool* found = current().load();
+    if (!found) {
+      Pool* fresh = new Pool;
+      if (current().compare_exchange_strong(found, fresh)) {
+        found = fresh;
+#if !defined(_WIN32)
+        static const int known = pthread_atfork(nullptr, nullptr, [] { current().store(nullptr); });
+        (void)known;
+#endif
+      } else {
+        delete fresh;
+      }
+    }
+    return *found;
+  }
+
+  // run(work, 0) .. run(work, total - 1), the first one here; false if another call has the threads.
+  bool operator()(int64_t total, Run run, const void* work) {
+    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (!turn.owns_lock()) return false;
+    std::unique_lock<std::mutex> lock(mutex_);
+    try {
+      for (; threads_ < total - 1; ++threads_) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {
+      // no thread to be had: the others do more, or this one
+    }
+    run_ = run, work_ = work, total_ = total, next_ = 1, left_ = total;
+    lock.unlock();
+    wanted_.notify_all();
+    run(work, 0);
+    lock.lock();
+    --left_;
+    while (next_ < total_) take(lock);
+    finished_.wait(lock, [this] { return left_ == 0; });
+    return true;
+  }
+
+ private:
+  static std::atomic<Pool*>& current() {
+    static std::atomic<Pool*> pool{nullptr};
+    return pool;
+  }
+
+  void take(std::unique_lock<std::mutex>& lock) {
+    const Run run = run_;
+    const void* work = work_;
+    const int64_t number = next_++;
+    lock.unlock();
+    run(work, number);
+    lock.lock();
+    if (--left_ == 0) finished_.notify_one();
+  }
+
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wanted_.wait(lock, [this] { return next_ < total_; });
+      take(lock);
+    }
+  }
+
+  std::mutex turn_, mutex_;
+  std::condition_variable wanted_, finished_;
+  Run run_ = nullptr;
+  const void* work_ = nullptr;
+  int64_t total_ = 0, next_ = 0, left_ = 0, threads_ = 0;
+};
+
 // Run work(0) .. work(threads - 1), the first one here.
 template <typename Work>
 void run(int64_t threads, const Work& work) {
-  std::vector<std::thread> others;
-  others.reserve(threads);
-  int64_t t = 1;
-  try {
-    for (; t < threads; ++t) others.emplace_back(work, t);
-  } catch (const std::system_error&) {
-    // no thread to be had: do the rest here
-  }
-  work(0);
-  for (; t < threads; ++t) work(t);
-  for (auto& other : others) other.join();
+  const auto call = [](const void* what, int64_t t) { (*static_cast<const Work*>(what))(t); };
+  if (threads > 1 && Pool::own()(threads, call, &work)) return;
+  for (int64_t t = 0; t < std::max<int64_t>(threads, 1); ++t) work(t);
 }
 
 // Memory that starts at a cache line; not initialised.
