@@ -94,7 +94,11 @@ def copy_notebooks() -> None:
         text = text.replace("](../docs/", "](../")
         # text in place of the badge, which is an image from outside
         text = re.sub(r"\[!\[Open in Colab\]\([^)]*\)\]", "[Open in Colab]", text)
-        text = re.sub(r"\[`?([^\]`]+)`?\]\(\.\./(?:examples|benchmarks|lightning_bfmoe)/[^)]*\)", r"`\1`", text)
+        text = re.sub(
+            r"\[`?([^\]`]+)`?\]\(\.\./(?:examples|benchmarks|lightning_bfmoe)/[^)]*\)",
+            r"`\1`",
+            text,
+        )
         write(target / name, text)
 
 
