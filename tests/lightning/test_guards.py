@@ -296,7 +296,8 @@ def test_every_setting_of_a_layer_is_a_keyword_of_the_callback():
         "num_experts": 5, "top_k": 3, "init": "scratch", "angle_std": 0.3, "stages": 2,
         "gains": True, "scale": "absmean", "granularity": "tensor", "down": "dense",
         "activation_bits": 8, "activation": "relu", "dropout": 0.1, "balance_rate": 0.01,
-        "switch_weight": 0.02, "z_weight": 0.03, "router_noise": 0.04, "seed": 7,
+        "switch_weight": 0.02, "z_weight": 0.03, "router_noise": 0.04, "correction_rank": 6,
+        "seed": 7,
     }  # fmt: skip
     assert ButterflyMoECallback(**other).config.to_dict() == other
 
